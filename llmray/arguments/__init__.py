@@ -1,0 +1,1 @@
+"""Arguments: frozen, typed, free of machine-learning libraries."""

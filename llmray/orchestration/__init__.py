@@ -1,0 +1,1 @@
+"""Ray around the training core; the only package that imports ray."""

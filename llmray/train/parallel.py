@@ -1,0 +1,119 @@
+"""The process group: who this rank is, and the few collective calls that everything else uses.
+
+Wrapping a model for several ranks is torch's own (`wrap`). Nothing here knows how the ranks were
+started; `World.single()` and `World.from_environment()` cover this process, torchrun and Ray Train
+(which sets torchrun's variables).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank among all ranks. Every method below is a collective call: all ranks must make it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @classmethod
+    def single(cls, device: torch.device | None = None) -> World:
+        """A world of this process alone."""
+        return cls(0, 1, 0, device or default_device(0))
+
+    @classmethod
+    def from_environment(cls, timeout_s: float = 1800.0) -> World:
+        """The world that torchrun or Ray Train describes; starts the process group if none is there.
+
+        Args:
+            timeout_s: how long a collective call may take, in seconds.
+        """
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = default_device(local_rank)
+        if world_size == 1:
+            return cls.single(device)
+        if not dist.is_initialized():
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        return cls(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes and speaks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Return when all ranks have come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sums over ranks, in double precision."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return cast("list[float]", tensor.tolist())
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        """Element-wise maxima over ranks."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return cast("list[float]", tensor.tolist())
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """The picklable `value` of rank `source`, on every rank."""
+        if self.world_size == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=source, device=self.device)
+        return cast("T", box[0])
+
+    def gather(self, value: T) -> list[T]:
+        """The picklable values of all ranks, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        box: list[Any] = [None] * self.world_size
+        dist.all_gather_object(box, value)
+        return cast("list[T]", box)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """`model` whose gradients are averaged over ranks in backward; itself in a world of one.
+
+        The weights of all ranks must be equal already: loading and seeding make them so, and a
+        broadcast of frozen base weights would only cost time.
+        """
+        if self.world_size == 1:
+            return model
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=device_ids, init_sync=False, gradient_as_bucket_view=True
+        )
+
+    def close(self) -> None:
+        """End the process group if there is one."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def default_device(local_rank: int) -> torch.device:
+    """The CUDA device of this local rank where there is CUDA, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
