@@ -28,7 +28,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. A flat row `(1, N)` with `segments`, or padded `(B, T)` with `attention_mask`.
+    """One micro-batch: a flat row `(1, N)` with `segments`, or padded `(B, T)` with a mask.
 
     The n targets are (position, token) pairs: `targets[i]` is the position, in the row-major
     flattened input, whose hidden state predicts token `target_ids[i]`; `target_sample[i]` is the

@@ -1,7 +1,7 @@
 """The errors that end a run with one clear message; everything else is a defect of llmray.
 
-A message has three parts: what was found (with the value), what is required, what to do. Every class
-derives from `LlmrayError` and the standard exception it replaces, takes the message alone, and so
+A message has three parts: what was found (with the value), what is required, what to do. Every
+class derives from `LlmrayError` and the standard exception it replaces, takes the message alone, and so
 survives pickling through Ray.
 """
 

@@ -1,1 +1,1 @@
-"""From rows of a data set to batches: sources, conversations, templates, features, prepared shards."""
+"""From rows of a data set to batches: sources, conversations, templates, features, shards."""

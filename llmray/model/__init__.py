@@ -1,1 +1,1 @@
-"""Models: loading, tuning methods, flat attention, the head that returns log-probabilities, saving."""
+"""Models: loading, tuning methods, flat attention, the head with log-probabilities, saving."""

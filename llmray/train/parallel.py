@@ -1,8 +1,8 @@
 """The process group: who this rank is, and the few collective calls that everything else uses.
 
-Wrapping a model for several ranks is torch's own (`wrap`). Nothing here knows how the ranks were
-started; `World.single()` and `World.from_environment()` cover this process, torchrun and Ray Train
-(which sets torchrun's variables).
+Control values (counts, stop flags, small objects) travel over gloo on the host, so none of them makes
+a GPU wait; gradients are reduced by torch's own wrapper. Nothing here knows how the ranks were
+started: `World.from_environment` covers this process, torchrun and Ray Train.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This rank among all ranks. Every method below is a collective call: all ranks must make it."""
+    """This rank among all ranks; every method but `is_main` is a call that all ranks must make."""
 
     rank: int
     world_size: int
@@ -36,7 +36,7 @@ class World:
 
     @classmethod
     def from_environment(cls, timeout_s: float = 1800.0) -> World:
-        """The world that torchrun or Ray Train describes; starts the process group if none is there.
+        """The world that torchrun or Ray Train describes; starts the process group if needed.
 
         Args:
             timeout_s: how long a collective call may take, in seconds.
@@ -47,8 +47,7 @@ class World:
         if world_size == 1:
             return cls.single(device)
         if not dist.is_initialized():
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+            dist.init_process_group(backend(device), timeout=timedelta(seconds=timeout_s))
         return cls(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
     @property
@@ -58,14 +57,13 @@ class World:
 
     def barrier(self) -> None:
         """Return when all ranks have come here."""
-        if self.world_size > 1:
-            dist.barrier()
+        self.sum([0.0])
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sums over ranks, in double precision."""
         if self.world_size == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor)
         return cast("list[float]", tensor.tolist())
 
@@ -73,7 +71,7 @@ class World:
         """Element-wise maxima over ranks."""
         if self.world_size == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return cast("list[float]", tensor.tolist())
 
@@ -82,16 +80,12 @@ class World:
         if self.world_size == 1:
             return value
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=source, device=self.device)
+        dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
         return cast("T", box[0])
 
     def gather(self, value: T) -> list[T]:
         """The picklable values of all ranks, in rank order, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        box: list[Any] = [None] * self.world_size
-        dist.all_gather_object(box, value)
-        return cast("list[T]", box)
+        return [self.broadcast(value, source) for source in range(self.world_size)]
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """`model` whose gradients are averaged over ranks in backward; itself in a world of one.
@@ -117,3 +111,8 @@ def default_device(local_rank: int) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def backend(device: torch.device) -> str:
+    """The name of torch's backend whose group carries host and device tensors alike."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
