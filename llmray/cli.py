@@ -1,0 +1,262 @@
+"""The command line: `llmray COMMAND …` looks a command up and runs it.
+
+Every import of weight stands inside the command that needs it, so that `--help` and mistakes in a
+run file answer at once. This is also the one place where an error becomes a message and an exit
+code: 0 done, 1 failed, 2 the command line or the arguments are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from llmray import __version__
+from llmray.errors import ArgumentsError, LlmrayError
+
+if TYPE_CHECKING:
+    from llmray.arguments.run import RunArguments
+
+log = logging.getLogger("llmray")
+
+RUN_FILE_HELP = """
+RUN.yaml is a flat YAML or JSON file with LLaMA-Factory's keys. Words after it
+override it: key=value or --key value. Without a file the words are the run."""
+
+
+class Command(NamedTuple):
+    """A row of the command table; `run` gets the words after the command's name."""
+
+    run: Callable[[list[str]], int]
+    usage: str
+    summary: str
+    details: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (the process's own by default) names; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except LlmrayError as error:
+        return _failed(error, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`llmray args | head`): nothing to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # process boundary: a defect of llmray or of a library
+        text = f"{type(error).__name__}: {error}".strip().rstrip(":")
+        hint = "This was not expected; LLMRAY_DEBUG=1 shows where it came from."
+        return _failed(error, f"{text}\n{hint}", 1)
+
+
+def _dispatch(words: list[str]) -> int:
+    parser = _top_parser()
+    if not words or words[0] in ("-h", "--help"):
+        parser.print_help(sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    name, rest = ("version" if words[0] in ("-V", "--version") else words[0]), words[1:]
+    if name not in COMMANDS:
+        raise ArgumentsError(_unknown_command(name))
+    if rest and rest[0] in ("-h", "--help"):
+        command = COMMANDS[name]
+        print(f"usage: llmray {command.usage}\n\n{command.summary}\n{command.details}")
+        return 0
+    return COMMANDS[name].run(rest)
+
+
+def check(words: list[str]) -> int:
+    """Say every problem of a run file at once, or what the run will be."""
+    arguments = _load(words)
+    print(_summary(arguments))
+    return 0
+
+
+def train(words: list[str]) -> int:
+    """Train as the run file says: on Ray, under torchrun, or in this process."""
+    arguments = _load(words)
+    _speak(environ_level())
+    from llmray import launch
+
+    ranks = launch.plan(arguments.ray_enabled, os.environ)
+    if ranks is not None:
+        return launch.torchrun(ranks, ["-m", "llmray", "train", *words])
+    if arguments.ray_enabled:
+        from llmray.orchestration import train_job
+
+        return train_job.train(arguments)
+    from llmray import local
+
+    return local.train(arguments)
+
+
+def chat(words: list[str]) -> int:
+    """Talk in the terminal to the run's model, with its adapter where one is named."""
+    arguments = _load(words)
+    _speak(environ_level())
+    from llmray.serve import chat as terminal
+
+    return terminal.chat(arguments)
+
+
+def args(words: list[str]) -> int:
+    """Print every key, the keys that are named, or the JSON schema."""
+    parser = argparse.ArgumentParser(prog="llmray args", description=args.__doc__)
+    parser.add_argument("--json-schema", action="store_true", help="a schema for editors")
+    parser.add_argument("key", nargs="*", metavar="KEY", help="only these keys")
+    options = parser.parse_args(words)
+    from llmray.arguments import reference
+
+    if options.json_schema:
+        print(reference.json_schema())
+    else:
+        print(reference.describe(options.key))
+    return 0
+
+
+def version(words: list[str]) -> int:
+    """Print the versions that decide what a run does."""
+    if words:
+        raise ArgumentsError(f"llmray version takes no words, found {words[0]!r}. Leave it out.")
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    print(f"llmray {__version__}")
+    print(f"python {sys.version.split()[0]}")
+    for package in ("torch", "transformers", "peft", "ray", "datasets", "bitsandbytes"):
+        try:
+            print(f"{package} {installed(package)}")
+        except PackageNotFoundError:
+            print(f"{package} is not installed")
+    return 0
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        train,
+        "train [RUN.yaml] [key=value | --key value ...]",
+        "train a model as the run file says, with or without Ray",
+        RUN_FILE_HELP,
+    ),
+    "check": Command(
+        check,
+        "check [RUN.yaml] [key=value | --key value ...]",
+        "say every problem of a run file at once; loads no model, opens no data",
+        RUN_FILE_HELP,
+    ),
+    "chat": Command(
+        chat,
+        "chat [RUN.yaml] [key=value | --key value ...]",
+        "talk in the terminal to a base model or an adapter",
+        RUN_FILE_HELP,
+    ),
+    "args": Command(
+        args,
+        "args [--json-schema] [KEY ...]",
+        "every key with type, default, range and meaning",
+    ),
+    "version": Command(version, "version", "the versions that decide what a run does"),
+}
+
+
+def environ_level() -> int:
+    """The level of our log lines: LLAMAFACTORY_VERBOSITY, INFO where it is not set."""
+    name = os.environ.get("LLAMAFACTORY_VERBOSITY", "INFO").upper()
+    levels = logging.getLevelNamesMapping()
+    if name not in levels:
+        known = ", ".join(sorted(levels, key=levels.__getitem__))
+        raise ArgumentsError(
+            f"LLAMAFACTORY_VERBOSITY={name} is no logging level. Set it to one of {known}."
+        )
+    return levels[name]
+
+
+def _speak(level: int) -> None:
+    """Send our log lines to stderr; of several ranks only the first speaks below an error."""
+    log.setLevel(level if _rank() == 0 else max(level, logging.ERROR))
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_LineFormatter())
+        log.addHandler(handler)
+    log.propagate = False
+
+
+class _LineFormatter(logging.Formatter):
+    """The message alone at INFO; above it the level first."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}"
+
+
+def _load(words: list[str]) -> RunArguments:
+    from llmray.arguments.run import load
+
+    if not words:
+        raise ArgumentsError(
+            "No run file was given. Name a YAML or JSON file, or write the run as key=value words."
+        )
+    is_override = words[0].startswith("--") or "=" in words[0]
+    has_file = not is_override or os.path.isfile(words[0])
+    return load(words[0] if has_file else None, words[1:] if has_file else words)
+
+
+def _summary(arguments: RunArguments) -> str:
+    where = "on Ray" if arguments.ray_enabled else "without Ray"
+    facts = {
+        "model": arguments.model.model_name_or_path,
+        "stage": f"{arguments.finetuning.stage}, {arguments.finetuning.finetuning_type}, {where}",
+        "data": ", ".join(arguments.data.dataset),
+        "output": arguments.training.output_dir,
+    }
+    lines = [f"  {name:<7}{value}" for name, value in facts.items() if value]
+    return "\n".join(["No problem found.", *lines])
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return argparse.ArgumentParser(
+        prog="llmray",
+        usage="llmray COMMAND ...",
+        description="LLM fine-tuning on Ray clusters from one flat YAML with LLaMA-Factory's keys.",
+        epilog="commands:\n" + "\n".join(rows) + "\n\n`llmray COMMAND --help` says more of one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _unknown_command(name: str) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, COMMANDS, n=1)
+    if name.endswith((".yaml", ".yml", ".json")):
+        return f"{name!r} is no command. To train from that file: llmray train {name}"
+    advice = f"Did you mean {close[0]!r}?" if close else f"There are {', '.join(COMMANDS)}."
+    return f"{name!r} is no command of llmray. {advice}"
+
+
+def _failed(error: BaseException, text: str, code: int) -> int:
+    """Print one message, or the traceback under LLMRAY_DEBUG=1; returns the exit code."""
+    if os.environ.get("LLMRAY_DEBUG", "").lower() in ("1", "true", "y", "yes"):
+        import traceback
+
+        traceback.print_exception(error)
+    if code == 2 and _rank() != 0:
+        return code  # every rank reads the same file: rank 0 says it
+    prefix = f"rank {_rank()}: " if _rank() else ""
+    print(f"{prefix}error: {text}", file=sys.stderr)
+    return code
+
+
+def _rank() -> int:
+    """This process's rank where torchrun started it, else 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
