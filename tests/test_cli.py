@@ -1,0 +1,196 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmray import cli
+from llmray.errors import ArgumentsError, ClusterError
+
+RUN = """
+model_name_or_path: some/model
+stage: sft
+finetuning_type: lora
+do_train: true
+dataset: demo_persona
+dataset_dir: data
+template: smollm2
+output_dir: saves/x
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    return path
+
+
+@pytest.fixture
+def fake_command(monkeypatch: pytest.MonkeyPatch):
+    """Puts a function in place of the command `version`."""
+
+    def install(function):
+        monkeypatch.setitem(cli.COMMANDS, "version", cli.Command(function, "version", ""))
+
+    return install
+
+
+def raising(error: BaseException):
+    def command(words: list[str]) -> int:
+        raise error
+
+    return command
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([name, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: llmray {name}")
+
+
+def test_no_words_is_an_error_that_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "commands:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["trian"], "Did you mean 'train'?"),
+        (["run.yaml"], "llmray train run.yaml"),
+        (["zzz"], "There are train, check"),
+        (["check"], "No run file was given"),
+        (["version", "now"], "takes no words"),
+    ],
+)
+def test_wrong_command_lines_are_explained(
+    words: list[str], advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == 2
+    captured = capsys.readouterr()
+    assert advice in captured.err
+    assert not captured.out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ClusterError("needs 8 GPU, the cluster has 4"), 1, "error: needs 8 GPU"),
+        (ArgumentsError("lora_rank=0 is too small"), 2, "error: lora_rank=0"),
+        (RuntimeError("odd"), 1, "error: RuntimeError: odd\nThis was not expected"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_become_one_message_and_a_code(
+    error: BaseException,
+    code: int,
+    text: str,
+    fake_command,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("LLMRAY_DEBUG", raising=False)
+    fake_command(raising(error))
+    assert cli.main(["version"]) == code
+    err = capsys.readouterr().err
+    assert err.startswith(text)
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(
+    fake_command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMRAY_DEBUG", "1")
+    fake_command(raising(RuntimeError("odd")))
+    assert cli.main(["version"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_other_ranks_leave_argument_errors_to_the_first(
+    fake_command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    fake_command(raising(ArgumentsError("wrong")))
+    assert cli.main(["version"]) == 2
+    assert not capsys.readouterr().err
+    fake_command(raising(ClusterError("lost")))
+    assert cli.main(["version"]) == 1
+    assert capsys.readouterr().err == "rank 1: error: lost\n"
+
+
+def test_check_says_what_the_run_will_be(
+    run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["check", str(run_file), "stage=pt", "--lora_rank", "4"]) == 0
+    assert "pt, lora, without Ray" in capsys.readouterr().out
+
+
+def test_check_reports_all_problems_at_once(
+    run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["check", str(run_file), "learning_rte=1e-4", "lora_rank=zero", "cutoff_len=-1"]
+    assert cli.main(words) == 2
+    err = capsys.readouterr().err
+    assert "learning_rate" in err
+    assert "lora_rank" in err
+    assert "cutoff_len" in err
+
+
+def test_the_words_alone_are_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [line.replace(": ", "=") for line in RUN.strip().splitlines()]
+    assert cli.main(["check", *words]) == 0
+    assert "some/model" in capsys.readouterr().out
+
+
+def test_a_missing_run_file_is_an_arguments_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["check", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in capsys.readouterr().err
+
+
+def test_args_describes_a_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["args", "lora_rank"]) == 0
+    out = capsys.readouterr().out
+    assert "lora_rank" in out
+    assert "8" in out
+    assert "cutoff_len" not in out
+
+
+def test_args_with_an_unknown_key_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["args", "lora_rnk"]) == 2
+    assert "lora_rank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "level"), [("INFO", 20), ("warn", 30), ("WARNING", 30), ("DEBUG", 10)]
+)
+def test_verbosity_names_a_logging_level(
+    value: str, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMAFACTORY_VERBOSITY", value)
+    assert cli.environ_level() == level
+
+
+def test_unknown_verbosity_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMAFACTORY_VERBOSITY", "LOUD")
+    with pytest.raises(ArgumentsError, match="LOUD"):
+        cli.environ_level()
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {sys.executable} -m llmray args | head -1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
