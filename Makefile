@@ -53,7 +53,7 @@ types: $(STAMP) ## mypy
 	$(call tier,types,$(BIN)/mypy)
 
 layers: $(STAMP) ## import-linter: who may import whom
-	$(call tier,layers,$(BIN)/lint-imports)
+	$(call tier,layers,$(BIN)/lint-imports --no-logo)
 
 # One thread a process: the models are tiny, and the numbers then do not depend on the machine.
 unit ray slow: export OMP_NUM_THREADS := 1
