@@ -23,7 +23,6 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +30,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from llmray import temporary
+from llmray import remote, temporary
 from llmray.errors import StoreError
+from llmray.remote import is_uri
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-NUM_COPIES = 4  # files on their way to a URI at a time
 
 REMEDIES = {
     errno.ENOSPC: "The disk is full: free space, or choose a directory on another disk.",
@@ -65,11 +64,6 @@ class Manifest:
     metadata: dict[str, Any]
 
 
-def is_uri(path: str | Path) -> bool:
-    """Whether `path` is a URI (s3://, gs://, file://, ...) and not a local path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)) is not None
-
-
 def join(parent: str | Path, *parts: str) -> str:
     """The path or URI of something inside `parent`."""
     return "/".join([str(parent).rstrip("/"), *parts])
@@ -89,7 +83,12 @@ def staging(target: str | Path) -> Iterator[Path]:
         with explained(target):
             yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        discard(directory)
+
+
+def discard(directory: Path) -> None:
+    """Remove a staging directory, if it was not committed."""
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def open_staging(target: str | Path) -> Path:
@@ -111,7 +110,7 @@ def seal(directory: Path, files: Iterable[str] | None = None) -> dict[str, FileS
         directory: the staging directory.
         files: relative paths; all files below the directory if None.
     """
-    names = sorted(_walk(directory) if files is None else files)
+    names = sorted(walk(directory) if files is None else files)
     with explained(directory):
         sums = {name: _seal_file(directory / name) for name in names if name != MANIFEST}
         for parent in {directory, *(directory / Path(name).parent for name in names)}:
@@ -154,9 +153,8 @@ def commit_remote(
 ) -> None:
     """Commit a URI whose files were uploaded already, by one process or several."""
     with explained(target):
-        system, path = filesystem(target)
-        with system.open_output_stream(f"{path}/{MANIFEST}") as stream:
-            stream.write(_manifest_text(dict(sums), dict(metadata or {})).encode())
+        body = _manifest_text(dict(sums), dict(metadata or {}))
+        remote.write(join(target, MANIFEST), body.encode())
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
@@ -217,7 +215,7 @@ def verify(path: str | Path) -> Manifest:
     for name, expected in manifest.files.items():
         place = join(path, name)
         try:
-            found = _sum_remote(place) if is_uri(path) else _sum_local(Path(place))
+            found = _sum(place)
         except FileNotFoundError:
             raise _damaged(path, f"{name} is missing") from None
         if found.size != expected.size:
@@ -230,11 +228,7 @@ def verify(path: str | Path) -> Manifest:
 def list_names(parent: str | Path) -> list[str]:
     """Names of the entries of a directory, sorted; none where it does not exist."""
     if is_uri(parent):
-        from pyarrow import fs
-
-        system, path = filesystem(parent)
-        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-        return sorted(info.base_name for info in found)
+        return remote.list_names(parent)
     return sorted(os.listdir(parent)) if os.path.isdir(parent) else []
 
 
@@ -246,8 +240,10 @@ def list_committed(parent: str | Path, pattern: str = "*") -> list[str]:
 
 
 def size_bytes(path: str | Path) -> int:
-    """Bytes of all files below a local directory."""
-    return sum((Path(path) / name).stat().st_size for name in _walk(Path(path)))
+    """Bytes of all files below a directory."""
+    if is_uri(path):
+        return remote.size_bytes(path)
+    return sum((Path(path) / name).stat().st_size for name in walk(Path(path)))
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -256,11 +252,7 @@ def read_bytes(path: str | Path) -> bytes:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    if not is_uri(path):
-        return Path(path).read_bytes()
-    system, inner = filesystem(path)
-    with system.open_input_stream(inner) as stream:
-        return bytes(stream.read())
+    return remote.read(path) if is_uri(path) else Path(path).read_bytes()
 
 
 def remove(path: str | Path) -> None:
@@ -279,8 +271,11 @@ def remove(path: str | Path) -> None:
 
 
 def move(source: str | Path, target: str | Path) -> None:
-    """Rename a local file or directory to a name that is not taken."""
+    """Rename a file or directory to a name that is not taken; at a URI file by file."""
     with explained(target):
+        if is_uri(source):
+            remote.move(source, target)
+            return
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         os.rename(source, target)
         _fsync(Path(target).parent)
@@ -288,16 +283,8 @@ def move(source: str | Path, target: str | Path) -> None:
 
 def uncommit(uri: str | Path) -> None:
     """Remove what is at a URI: the manifest first, so that the rest never passes for whole."""
-    from pyarrow import fs
-
-    system, path = filesystem(uri)
-    info, marker = system.get_file_info([path, f"{path}/{MANIFEST}"])
-    if marker.type == fs.FileType.File:
-        system.delete_file(f"{path}/{MANIFEST}")
-    if info.type == fs.FileType.Directory:
-        system.delete_dir(path)
-    elif info.type == fs.FileType.File:
-        system.delete_file(path)
+    with explained(uri):
+        remote.remove(uri, first=MANIFEST)
 
 
 def sweep(parent: str | Path) -> list[str]:
@@ -319,47 +306,17 @@ def sweep(parent: str | Path) -> list[str]:
     return swept
 
 
-def filesystem(uri: str | Path) -> tuple[Any, str]:
-    """The pyarrow file system of a URI, and the path inside it.
-
-    Raises:
-        StoreError: pyarrow knows no such scheme.
-    """
-    import pyarrow
-    from pyarrow import fs
-
-    try:
-        system, path = fs.FileSystem.from_uri(str(uri))
-    except pyarrow.ArrowInvalid as error:
-        raise StoreError(
-            f"{uri} is not a URI that pyarrow can open ({error}). Use a local path or one of "
-            "s3://, gs://, abfs://, hdfs://, file://."
-        ) from error
-    return system, path
-
-
 def upload(directory: Path, uri: str) -> None:
     """Copy every finished file below a local directory to a URI; staging files are left out."""
-    system, path = filesystem(uri)
-    names = [n for n in _walk(directory) if not any(map(temporary.is_temporary, Path(n).parts))]
-    with explained(uri), ThreadPoolExecutor(NUM_COPIES) as pool:
-        for parent in {path, *(f"{path}/{name}".rpartition("/")[0] for name in names)}:
-            system.create_dir(parent, recursive=True)
-        copies = [
-            pool.submit(_copy_out, directory / name, system, f"{path}/{name}") for name in names
-        ]
-        for copy in copies:
-            copy.result()
+    names = [n for n in walk(directory) if not any(map(temporary.is_temporary, Path(n).parts))]
+    with explained(uri):
+        remote.upload(directory, names, uri)
 
 
 def download(uri: str, directory: Path) -> None:
     """Copy every file at a URI into a local directory, which is made."""
-    from pyarrow import fs
-
-    system, path = filesystem(uri)
     with explained(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        fs.copy_files(path, str(directory), source_filesystem=system)
+        remote.download(uri, directory)
 
 
 def fetch(source: str | Path, names: Sequence[str], directory: Path) -> list[str]:
@@ -431,39 +388,27 @@ def _body_crc(raw: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
-def _walk(directory: Path) -> Iterator[str]:
+def walk(directory: Path) -> Iterator[str]:
+    """Paths of all files below a local directory, relative to it."""
     for root, _, names in os.walk(directory):
         for name in names:
             yield Path(root, name).relative_to(directory).as_posix()
 
 
 def _seal_file(path: Path) -> FileSum:
-    found = _sum_local(path)
+    found = _sum(path)
     _fsync(path)
     return found
 
 
-def _sum_local(path: Path) -> FileSum:
-    with path.open("rb") as file:
-        return _sum_stream(iter(lambda: file.read(1 << 22), b""))
-
-
-def _sum_remote(uri: str) -> FileSum:
-    system, path = filesystem(uri)
-    with system.open_input_stream(path) as stream:
-        return _sum_stream(iter(lambda: stream.read(1 << 22), b""))
-
-
-def _sum_stream(chunks: Iterable[bytes]) -> FileSum:
+def _sum(place: str | Path) -> FileSum:
+    if is_uri(place):
+        return FileSum(*remote.size_and_crc32(place))
     size = crc = 0
-    for chunk in chunks:
-        size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    with open(place, "rb") as file:
+        while chunk := file.read(remote.CHUNK_BYTES):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
     return FileSum(size, crc)
-
-
-def _copy_out(source: Path, system: Any, path: str) -> None:
-    with source.open("rb") as file, system.open_output_stream(path) as stream:
-        shutil.copyfileobj(file, stream, 1 << 22)
 
 
 def _fsync(path: Path) -> None:
