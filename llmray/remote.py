@@ -43,13 +43,21 @@ def filesystem(uri: str | Path) -> tuple[Any, str]:
     return system, path
 
 
-def list_names(uri: str | Path) -> list[str]:
+def list_names(uri: str | Path, *, files_only: bool = False) -> list[str]:
     """Names of the entries at a URI, sorted; none where there is nothing."""
     from pyarrow import fs
 
     system, path = filesystem(uri)
     found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return sorted(info.base_name for info in found)
+    return sorted(info.base_name for info in found if info.is_file or not files_only)
+
+
+def exists(uri: str | Path) -> bool:
+    """Whether there is something at a URI."""
+    from pyarrow import fs
+
+    system, path = filesystem(uri)
+    return bool(system.get_file_info(path).type != fs.FileType.NotFound)
 
 
 def size_bytes(uri: str | Path) -> int:
@@ -101,6 +109,13 @@ def download(uri: str | Path, directory: Path) -> None:
     system, path = filesystem(uri)
     directory.mkdir(parents=True, exist_ok=True)
     fs.copy_files(path, str(directory), source_filesystem=system)
+
+
+def download_file(uri: str | Path, target: Path) -> None:
+    """Copy one file to a local path."""
+    system, path = filesystem(uri)
+    with system.open_input_stream(path) as stream, target.open("wb") as file:
+        shutil.copyfileobj(stream, file, CHUNK_BYTES)
 
 
 def move(source: str | Path, target: str | Path) -> None:

@@ -69,6 +69,11 @@ def join(parent: str | Path, *parts: str) -> str:
     return "/".join([str(parent).rstrip("/"), *parts])
 
 
+def parent(path: str | Path) -> str:
+    """The path or URI of the directory that something lies in."""
+    return str(path).rstrip("/").rpartition("/")[0]
+
+
 @contextmanager
 def staging(target: str | Path) -> Iterator[Path]:
     """A fresh local directory for what is to become `target`; gone at exit if not committed.
@@ -159,13 +164,20 @@ def commit_remote(
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
     """Write a local file whole or not at all; an existing one is replaced."""
-    target = Path(path)
     data = content.encode() if isinstance(content, str) else content
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A file name to write to, beside a local file that it replaces at exit, if nothing failed."""
+    target = Path(path)
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.parent / temporary.new_name(target.name)
         try:
-            unfinished.write_bytes(data)
+            yield unfinished
             _fsync(unfinished)
             os.replace(unfinished, target)
             _fsync(target.parent)
@@ -232,6 +244,18 @@ def list_names(parent: str | Path) -> list[str]:
     return sorted(os.listdir(parent)) if os.path.isdir(parent) else []
 
 
+def list_files(parent: str | Path) -> list[str]:
+    """Names of the files of a directory, sorted; none where it does not exist."""
+    if is_uri(parent):
+        return remote.list_names(parent, files_only=True)
+    return [name for name in list_names(parent) if Path(parent, name).is_file()]
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is something at a path or URI."""
+    return remote.exists(path) if is_uri(path) else os.path.exists(path)
+
+
 def list_committed(parent: str | Path, pattern: str = "*") -> list[str]:
     """Committed directories of `parent` whose names match the glob, numbers in natural order."""
     names = [name for name in list_names(parent) if fnmatch.fnmatch(name, pattern)]
@@ -268,6 +292,15 @@ def remove(path: str | Path) -> None:
         os.rename(local, hidden)
         _fsync(local.parent)
         shutil.rmtree(hidden)
+
+
+def remove_file(path: str | Path) -> None:
+    """Remove a file, if it is there."""
+    with explained(path):
+        if is_uri(path):
+            remote.remove(path)
+        else:
+            Path(path).unlink(missing_ok=True)
 
 
 def move(source: str | Path, target: str | Path) -> None:
@@ -319,18 +352,24 @@ def download(uri: str, directory: Path) -> None:
         remote.download(uri, directory)
 
 
-def fetch(source: str | Path, names: Sequence[str], directory: Path) -> list[str]:
+def fetch(source: str | Path, names: Sequence[str], directory: str | Path) -> list[str]:
     """Copy named files of a directory or URI into a local directory, each whole or not at all.
 
     Returns: the names that were there.
     """
     found = []
     for name in names:
+        place = join(source, name)
         try:
-            content = read_bytes(join(source, name))
-        except FileNotFoundError:
-            continue
-        write_atomic(directory / name, content)
+            with replacing(join(directory, name)) as unfinished:
+                if is_uri(source):
+                    remote.download_file(place, unfinished)
+                else:
+                    shutil.copyfile(place, unfinished)
+        except StoreError as error:
+            if isinstance(error.__cause__, FileNotFoundError) and not exists(place):
+                continue
+            raise
         found.append(name)
     return found
 

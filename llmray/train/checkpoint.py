@@ -160,9 +160,9 @@ def clear_way(run_dir: str, requested: str | bool | None, *, overwrite: bool) ->
     from a named checkpoint finds no later one. `requested: True` wins over `overwrite`.
     """
     if isinstance(requested, str):
-        inside = requested.rstrip("/").rpartition("/")[0] == run_dir.rstrip("/")
+        inside = store.parent(requested) == run_dir.rstrip("/")
         if inside or not overwrite:
-            aside(run_dir, after_step=_named(requested).step)
+            aside(run_dir, after_step=named_step(requested))
             return
     elif requested is not False and (requested or not overwrite):
         return
@@ -200,6 +200,11 @@ def newest_step(run_dir: str) -> int | None:
     return max(steps, default=None)
 
 
+def named_step(path: str) -> int:
+    """The step of a checkpoint that is named; raises CheckpointError where there is none."""
+    return _named(path).step
+
+
 class _Part:
     """This rank's part in one save; every method is a collective call that fails on all ranks."""
 
@@ -217,7 +222,7 @@ class _Part:
             self.directory = store.open_staging(self.target)
 
     def _open(self) -> Path:
-        parent = self.target.rpartition("/")[0]
+        parent = store.parent(self.target)
         for name in store.sweep(parent):
             log.info("removed %s, which a writer that died had left in %s", name, parent)
         if store.is_uri(self.target):

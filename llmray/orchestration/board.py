@@ -1,0 +1,195 @@
+"""The board: a small actor of the driver, through which it and the workers speak.
+
+The driver gives it the job and asks for a stop; rank 0 brings log lines and progress and learns of
+the stop in the same call; any rank leaves its error. It outlives the workers, and so counts the
+attempts. Secrets pass through its calls, in memory, and through nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+from llmray.errors import LlmrayError
+from llmray.train.observers import Observer, Record
+
+if TYPE_CHECKING:
+    from llmray.arguments.run import RunArguments
+
+EXCHANGE_EVERY_S = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs; never printed, for it holds secrets."""
+
+    arguments: RunArguments = field(repr=False)
+    run_dir: str
+    prepared: Any = field(repr=False)  # data.prepared.PreparedRef
+    threads: float | None  # cores of a worker; None where its resources do not say
+    uses_gpu: bool
+    secrets: dict[str, str] = field(repr=False)
+    core: Callable[..., Any] | None = field(repr=False)  # None: run.run
+    log_level: int = logging.INFO
+
+
+@dataclass(frozen=True)
+class Message:
+    """One thing that rank 0 tells the driver: a log line, or a call of an observer."""
+
+    kind: Literal["log", "start", "record", "save", "end"]
+    content: tuple[Any, ...]
+
+
+class Board:
+    """The actor; every method returns at once."""
+
+    def __init__(self) -> None:
+        self._job: Job | None = None
+        self._stop: str | None = None
+        self._messages: list[Message] = []
+        self._failures: list[tuple[int, LlmrayError]] = []
+        self._attempts = 0
+        self._stopped: str | None = None
+
+    def give(self, job: Job) -> None:
+        """Keep the job for the workers."""
+        self._job = job
+
+    def job(self) -> Job | None:
+        """The job."""
+        return self._job
+
+    def begin_attempt(self) -> int:
+        """Count an attempt of the worker group; returns its number, from 1."""
+        self._attempts += 1
+        return self._attempts
+
+    def request_stop(self, reason: str) -> None:
+        """Ask the workers to stop at a step border."""
+        self._stop = self._stop or reason
+
+    def exchange(self, messages: list[Message]) -> str | None:
+        """Take rank 0's messages; returns why it shall stop, or None."""
+        self._messages += messages
+        return self._stop
+
+    def collect(self) -> list[Message]:
+        """The messages since the last call."""
+        messages, self._messages = self._messages, []
+        return messages
+
+    def finish(self, stopped: str | None) -> None:
+        """Keep why the run ended before its last step, None if it did not."""
+        self._stopped = stopped
+
+    def outcome(self) -> str | None:
+        """What `finish` was told."""
+        return self._stopped
+
+    def fail(self, rank: int, error: LlmrayError) -> None:
+        """Keep the error that ended a rank."""
+        self._failures.append((rank, error))
+
+    def failures(self) -> list[tuple[int, LlmrayError]]:
+        """The errors that ended ranks, the first one first."""
+        return self._failures
+
+
+def create() -> ActorHandle:
+    """A board that lives as long as the driver, on the driver's node."""
+    here = ray.get_runtime_context().get_node_id()
+    actor = ray.remote(num_cpus=0, max_concurrency=1, label_selector={"ray.io/node-id": here})(
+        Board
+    )
+    return actor.remote()
+
+
+class Relay(Observer):
+    """Rank 0's end of the board: sends in the background, so that no step waits for it."""
+
+    def __init__(self, board: ActorHandle, log_level: int) -> None:
+        self._board = board
+        self._queue: list[Message] = []
+        self._lock = threading.Lock()
+        self._reason: str | None = None
+        self._ended = threading.Event()
+        self._handler = _QueueHandler(self._put)
+        self._handler.setLevel(log_level)
+        logger = logging.getLogger("llmray")
+        logger.handlers[:] = [self._handler]
+        logger.setLevel(log_level)
+        logger.propagate = False
+        self._thread = threading.Thread(target=self._run, name="llmray-relay", daemon=True)
+        self._thread.start()
+
+    def reason(self) -> str | None:
+        """Why the run shall stop, as of the last exchange; a `stop` of the loop."""
+        return self._reason
+
+    def on_start(self, step: int, total_steps: int) -> None:
+        """Tell where the attempt starts."""
+        self._put(Message("start", (step, total_steps)))
+
+    def on_log(self, record: Record) -> None:
+        """Tell a logged step."""
+        self._put(Message("record", (record,)))
+
+    def on_save(self, step: int, path: str) -> None:
+        """Tell of a checkpoint."""
+        self._put(Message("save", (step, path)))
+
+    def on_end(self, metrics: Record) -> None:
+        """Tell the end."""
+        self._put(Message("end", (metrics,)))
+
+    def close(self) -> None:
+        """Send what is left and end the background thread."""
+        self._ended.set()
+        self._thread.join(timeout=10)
+        logging.getLogger("llmray").removeHandler(self._handler)
+
+    def _put(self, message: Message) -> None:
+        with self._lock:
+            self._queue.append(message)
+
+    def _run(self) -> None:
+        is_last = False
+        while not is_last:
+            is_last = self._ended.wait(EXCHANGE_EVERY_S)
+            with self._lock:
+                messages, self._queue = self._queue, []
+            with suppress(RayError):  # the driver is gone: Ray ends this worker too
+                self._reason = ray.get(self._board.exchange.remote(messages))
+
+
+class _QueueHandler(logging.Handler):
+    def __init__(self, put: Callable[[Message], None]) -> None:
+        super().__init__()
+        self._put = put
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._put(Message("log", (record.levelno, record.getMessage())))
+
+
+def replay(message: Message, observer: Observer) -> None:
+    """Do in the driver what rank 0 told: log the line, or call the observer."""
+    if message.kind == "log":
+        level, text = message.content
+        logging.getLogger("llmray").log(level, "%s", text)
+        return
+    hooks: dict[str, Callable[..., None]] = {
+        "start": observer.on_start,
+        "record": observer.on_log,
+        "save": observer.on_save,
+        "end": observer.on_end,
+    }
+    hooks[message.kind](*message.content)

@@ -1,0 +1,301 @@
+"""The cluster: joining or starting it, its nodes, their versions, what they see, the environment.
+
+The one place that decides `ray.init`, its authentication, and which environment variables workers
+get. What of the cluster a run takes is for `plan`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from logging import getLogger
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import AuthenticationError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import llmray
+from llmray import store
+from llmray.arguments.cluster import ClusterArguments
+from llmray.errors import ClusterError, LlmrayError
+from llmray.orchestration.plan import Inventory, Node
+
+log = getLogger("llmray")
+
+T = TypeVar("T")
+
+PACKAGES = ("ray", "torch", "transformers")
+NODE_TIMEOUT_S = 120.0  # a node's first task starts a Python process and imports
+
+# what the driver's environment gives to workers; the rest stays here
+PASSED_PREFIXES = ("HF_", "NCCL_", "GLOO_", "MALLOC_", "TRANSFORMERS_")
+PASSED_PROXIES = frozenset(("http_proxy", "https_proxy", "no_proxy", "all_proxy"))
+PASSED_NAMES = frozenset(
+    (
+        "TOKENIZERS_PARALLELISM",
+        "TP_SOCKET_IFNAME",
+        "USE_MODELSCOPE_HUB",
+        "USE_OPENMIND_HUB",
+        "MODELSCOPE_CACHE",
+        "LLMRAY_CACHE",
+        "LLMRAY_DEBUG",
+        "LLAMAFACTORY_VERBOSITY",
+        "SWANLAB_MODE",
+        "DISABLE_VERSION_CHECK",
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "PYTORCH_ALLOC_CONF",
+        "CUDA_DEVICE_MAX_CONNECTIONS",
+    )
+)
+SECRET_NAME = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)S?($|_)", re.I)
+SECRET_VALUE = re.compile(r"://[^/@]+:[^/@]+@")  # a user and a password in an address
+
+
+def connect(arguments: ClusterArguments, *, debug: bool) -> str:
+    """Join the cluster that the arguments or the environment name, else start one here.
+
+    Returns: the address that was joined, or "local".
+
+    Raises:
+        ClusterError: there is no cluster at that address, or it cannot be joined.
+    """
+    wanted = dict(arguments.ray_init_kwargs or {})
+    address = wanted.pop("address", None) or os.environ.get("RAY_ADDRESS")
+    if address and "://" in address:
+        raise ClusterError(
+            f"The cluster's address {address} is one of the Ray Client, over which training cannot "
+            "be steered. Submit the run instead: ray job submit --address http://HEAD:8265 -- "
+            "llmray train RUN.yaml; or name the address HEAD:6379 on a machine of the cluster."
+        )
+    if "runtime_env" in wanted:
+        # the user's runtime environment is combined with that of a submitted job
+        os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    options = {
+        "include_dashboard": False,
+        "log_to_driver": debug,
+        "logging_level": "INFO" if debug else "ERROR",
+        **wanted,
+    }
+    _authenticate(address)
+    try:
+        info = ray.init(address=address, **options)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise ClusterError(_cannot_connect(address, error)) from error
+    started = address in (None, "local") and _started_here()
+    nodes = sum(1 for node in ray.nodes() if node["Alive"])
+    if started:
+        log.info("Ray: started a local cluster on this machine (RAY_ADDRESS names another)")
+        return "local"
+    joined = str(info.address_info["gcs_address"])
+    log.info("Ray: joined the cluster at %s, %d node(s)", joined, nodes)
+    return joined
+
+
+def inventory() -> Inventory:
+    """The living nodes, their resources, and what is free of them."""
+    nodes = tuple(
+        Node(
+            node["NodeID"],
+            node["NodeManagerAddress"],
+            {k: v for k, v in node["Resources"].items() if not k.startswith("node:")},
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+    # remove when ray has a public call: the autoscaler's configuration, as Ray Train reads it
+    limits = ray._private.state.get_max_resources_from_cluster_config()
+    return Inventory(nodes, ray.available_resources(), limits or None)
+
+
+def on_nodes(
+    nodes: Sequence[Node],
+    function: Callable[..., T],
+    *args: Any,
+    env_vars: Mapping[str, str] | None = None,
+    num_cpus: float = 0,
+    timeout_s: float | None = NODE_TIMEOUT_S,
+) -> dict[str, T]:
+    """The results of `function(*args)` run once on each node, by node id.
+
+    Raises:
+        LlmrayError: what the function raised, on the first node that failed.
+        ClusterError: a node could not run it.
+    """
+    task = ray.remote(function)
+    refs = {
+        node: task.options(
+            num_cpus=num_cpus,
+            max_retries=1,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False),
+            runtime_env={"env_vars": dict(env_vars or {})},
+        ).remote(*args)
+        for node in nodes
+    }
+    results = {}
+    for node, ref in refs.items():
+        try:
+            results[node.node_id] = ray.get(ref, timeout=timeout_s)
+        except RayTaskError as error:
+            if isinstance(error.cause, LlmrayError):
+                raise error.cause from None
+            raise ClusterError(_node_failed(node, str(error.cause or error))) from error
+        except RayError as error:
+            raise ClusterError(_node_failed(node, f"{type(error).__name__} {error}")) from error
+    return results
+
+
+def check_versions(nodes: Sequence[Node]) -> None:
+    """Compare what decides a run's numbers on every node with this process.
+
+    Raises:
+        ClusterError: names every node that differs, and both versions.
+    """
+    if os.environ.get("DISABLE_VERSION_CHECK", "").lower() in ("1", "true", "y", "yes"):
+        log.warning("DISABLE_VERSION_CHECK is set: versions on the nodes are not compared")
+        return
+    here = versions()
+    wrong = []
+    by_id = {node.node_id: node for node in nodes}
+    for node_id, there in on_nodes(nodes, versions).items():
+        wrong += [
+            f"node {by_id[node_id].address} has {name} {there.get(name)}, the driver {version}"
+            for name, version in here.items()
+            if there.get(name) != version
+        ]
+    if wrong:
+        raise ClusterError(
+            "Versions differ: "
+            + "; ".join(wrong)
+            + ". All nodes need the same environment. Install the driver's there, or set "
+            "DISABLE_VERSION_CHECK=1 to go on at your own risk."
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of this process: Python, ray, torch, transformers, and llmray with its code."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "(not installed)"
+    root = Path(llmray.__file__).parent
+    code = 0
+    for file in sorted(root.rglob("*.py")):
+        code = zlib.crc32(file.relative_to(root).as_posix().encode() + file.read_bytes(), code)
+    found["llmray"] = f"{llmray.__version__} (code {code:08x})"
+    return found
+
+
+def check_visible(nodes: Sequence[Node], directory: str, key: str) -> None:
+    """Write a file into `directory` here and read it on all nodes.
+
+    Raises:
+        ClusterError: names the nodes that do not see it; `key` is what set the directory.
+    """
+    if store.is_uri(directory) or len(nodes) < 2:
+        return
+    probe = store.join(directory, ".tmp-probe")
+    content = os.urandom(16).hex()
+    store.write_atomic(probe, content)
+    try:
+        seen = on_nodes(nodes, _reads, probe, content)
+    finally:
+        Path(probe).unlink(missing_ok=True)
+    _refuse_unseen(nodes, seen, directory, key)
+
+
+def check_exists(nodes: Sequence[Node], path: str, key: str) -> None:
+    """Look for something that is here on all nodes; a name that is no path passes.
+
+    Raises:
+        ClusterError: names the nodes that do not have it.
+    """
+    if len(nodes) < 2 or not os.path.exists(path):
+        return
+    _refuse_unseen(nodes, on_nodes(nodes, os.path.exists, path), path, key)
+
+
+def split_environment(environ: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The variables that workers get: those for their runtime environment, and the secrets."""
+    added = environ.get("LLMRAY_PASS_ENV", "").replace(",", " ").split()
+    open_vars, secrets = {}, {}
+    for name, value in environ.items():
+        is_named = name in PASSED_NAMES or name in added or name.lower() in PASSED_PROXIES
+        if not (is_named or name.startswith(PASSED_PREFIXES)):
+            continue
+        is_secret = SECRET_NAME.search(name) or SECRET_VALUE.search(value)
+        (secrets if is_secret else open_vars)[name] = value
+    return open_vars, secrets
+
+
+def _authenticate(address: str | None) -> None:
+    """Use the token of this machine for a cluster that asks for one.
+
+    Ray does so itself for clusters that it finds or starts; for an address it wants RAY_AUTH_MODE,
+    and a wrong guess fails late and unclearly in both directions.
+    """
+    if "RAY_AUTH_MODE" in os.environ or not address or address in ("auto", "local"):
+        return
+    from ray._private.authentication import authentication_token_setup as setup
+    from ray._raylet import AuthenticationTokenLoader, GcsClient
+
+    try:
+        GcsClient(address=address)
+    except AuthenticationError as error:
+        if not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+            raise ClusterError(_cannot_connect(address, error)) from error
+        setup._enable_token_auth()
+    except (RayError, ValueError, RuntimeError) as error:
+        raise ClusterError(_cannot_connect(address, error)) from error
+
+
+def _cannot_connect(address: str | None, error: Exception) -> str:
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, AuthenticationError):
+        return (
+            f"The Ray cluster at {address} asks for a token, and none is here. Set RAY_AUTH_TOKEN, "
+            "or copy the cluster's ~/.ray/auth_token to this machine (`ray get-auth-token`)."
+        )
+    if address in (None, "local"):
+        return (
+            f"A local Ray cluster could not be started: {text}. Mend that, name a running cluster "
+            "by RAY_ADDRESS, or set use_ray: false."
+        )
+    return (
+        f"The Ray cluster at {address} cannot be joined: {text}. Start it (`ray start --head`), "
+        "mend RAY_ADDRESS or ray_init_kwargs.address, or leave both out for a local one."
+    )
+
+
+def _started_here() -> bool:
+    node = ray._private.worker._global_node  # remove when RayContext says so itself
+    return node is not None and node.is_head()
+
+
+def _node_failed(node: Node, text: str) -> str:
+    line = " ".join(text.split())[:500]
+    return (
+        f"Node {node.address} could not do its part before training: {line}. Every node needs "
+        "llmray's environment and must answer; mend it, or take it out of the cluster."
+    )
+
+
+def _reads(path: str, content: str) -> bool:
+    return os.path.isfile(path) and Path(path).read_text() == content
+
+
+def _refuse_unseen(nodes: Sequence[Node], seen: Mapping[str, bool], path: str, key: str) -> None:
+    blind = [node.address for node in nodes if not seen[node.node_id]]
+    if blind:
+        raise ClusterError(
+            f"{key}={path} is not seen by {len(blind)} of {len(nodes)} nodes ({', '.join(blind)}). "
+            "All nodes must see it: put it on shared storage (NFS), or name a URI such as "
+            "s3://bucket/folder."
+        )

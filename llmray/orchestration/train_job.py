@@ -1,0 +1,300 @@
+"""Training on Ray: the driver's side, from the cluster to the files in output_dir.
+
+Connects, compares needs with what is there, prepares the data, lets Ray Train start and restart
+workers, shows their progress, turns signals into a stop, and leaves the final files in output_dir.
+What a worker does is in `worker`; nothing here trains.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from logging import getLogger
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import LoggingConfig
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from llmray import store
+from llmray.errors import ArgumentsError, ClusterError
+from llmray.orchestration import board as boards
+from llmray.orchestration import cluster, prepare_job, worker
+from llmray.orchestration.failures import FailureRule, describe
+from llmray.orchestration.meeting import MeetingConfig
+from llmray.orchestration.plan import Inventory, Node, Placement, capacity, place
+from llmray.train import checkpoint
+from llmray.train.observers import Console, Observer
+from llmray.train.parallel import backend
+
+if TYPE_CHECKING:
+    from llmray.arguments.run import RunArguments
+
+log = getLogger("llmray")
+
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
+COLLECT_EVERY_S = 0.2
+# Ray Train's own file in the run directory: it names checkpoints that rotation has removed since
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+# how often the worker group may fail to start, each after a minute: an hour of waiting for nodes
+MAX_START_FAILURES = 60
+HEALTH_CHECK_ENV = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+HEALTH_CHECK_S = 0.1
+
+
+def train(arguments: RunArguments, *, core: Callable[..., Any] | None = None) -> int:
+    """Train on Ray; returns the exit code: 0, or that of the signal that stopped the run.
+
+    Args:
+        arguments: the run, its paths absolute.
+        core: what each worker calls with (arguments, context) in place of `run.run`.
+
+    Raises:
+        LlmrayError: with one message for the user.
+    """
+    debug = os.environ.get("LLMRAY_DEBUG", "").lower() in ("1", "true", "y", "yes")
+    run_dir = run_directory(arguments)
+    cluster.connect(arguments.cluster, debug=debug)
+    try:
+        with StopSignals() as signals:
+            return _Driver(arguments, run_dir, signals, core, debug).train()
+    except Stopped as stop:
+        log.info("stopped by %s", stop.reason)
+        return EXIT_CODES[stop.reason]
+    finally:
+        ray.shutdown()
+
+
+def run_directory(arguments: RunArguments) -> str:
+    """`<ray_storage_path>/<ray_run_name>`; the name not given is the last part of output_dir."""
+    output_dir = arguments.training.output_dir
+    name = arguments.cluster.ray_run_name
+    if output_dir is None:
+        raise ArgumentsError("output_dir is missing. A run needs a directory for its results.")
+    storage = arguments.cluster.storage_path
+    if "?" in storage:
+        raise ArgumentsError(
+            f"ray_storage_path={storage} has options after '?', which are not supported. Set them "
+            "by environment variables (AWS_ENDPOINT_URL, AWS_REGION) and leave them out."
+        )
+    return store.join(storage, name or os.path.basename(output_dir.rstrip("/")))
+
+
+class Stopped(BaseException):
+    """A signal came while no worker trained: there is nothing to save."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class StopSignals:
+    """SIGINT and SIGTERM of the driver, caught after ray.init, whose own handlers abort.
+
+    Before training the first one ends the driver where it stands; during training it asks the
+    workers to stop at a step border. The third ends everything at once.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.is_training = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        self.seen.append(name)
+        if len(self.seen) > 2:
+            os._exit(EXIT_CODES[self.seen[0]])
+        if not self.is_training:
+            raise Stopped(self.seen[0])
+        if len(self.seen) == 2:
+            log.warning("%s again: a third one ends at once, without saving", name)
+
+
+@dataclass
+class _Driver:
+    arguments: RunArguments
+    run_dir: str
+    signals: StopSignals
+    core: Callable[..., Any] | None
+    debug: bool
+    observer: Observer = field(default_factory=Console)
+
+    def train(self) -> int:
+        arguments, inventory = self.arguments, cluster.inventory()
+        placement = place(arguments.cluster, inventory)
+        for note in placement.notes:
+            log.info("%s", note)
+        nodes = [n for n in inventory.nodes if capacity(n, placement.resources)]
+        self._check(nodes)
+        open_vars, secrets = cluster.split_environment(os.environ)
+        here = ray.get_runtime_context().get_node_id()
+        tasks_see = prepare_job.Environment(open_vars, secrets)
+        prepared = prepare_job.prepare(arguments, nodes or list(inventory.nodes), here, tasks_see)
+        self._clear_run_dir()
+        job = boards.Job(
+            arguments=arguments,
+            run_dir=self.run_dir,
+            prepared=prepared,
+            threads=placement.resources.get("CPU"),
+            uses_gpu=placement.uses_gpu,
+            secrets=secrets,
+            core=self.core,
+            log_level=log.getEffectiveLevel(),
+        )
+        board = boards.create()
+        ray.get(board.give.remote(job))
+        self._fit(self._trainer(placement, inventory, board, open_vars), board)
+        self._leave_files()
+        stopped: str | None = ray.get(board.outcome.remote())
+        if stopped is not None:
+            log.info("stopped by %s, saved in %s", stopped, self.run_dir)
+            return EXIT_CODES[stopped]
+        return 0
+
+    def _check(self, nodes: list[Node]) -> None:
+        """Compare the nodes with this process, before anything is loaded."""
+        if len(nodes) > 1:
+            cluster.check_versions(nodes)
+        storage = store.parent(self.run_dir)
+        cluster.check_visible(nodes, storage, "ray_storage_path")
+        model = self.arguments.model
+        for key in ("model_name_or_path", "adapter_name_or_path"):
+            value = getattr(model, key)
+            for path in [value] if isinstance(value, str) else value or []:
+                cluster.check_exists(nodes, path, key)
+        cluster.check_exists(nodes, self.arguments.data.dataset_dir, "dataset_dir")
+
+    def _clear_run_dir(self) -> None:
+        training = self.arguments.training
+        requested = training.resume_from_checkpoint
+        checkpoint.clear_way(self.run_dir, requested, overwrite=bool(training.overwrite_output_dir))
+        store.remove_file(store.join(self.run_dir, SNAPSHOT))
+        if training.save_only_model:
+            log.warning(
+                "save_only_model: true keeps no optimizer or position: a failure starts at step 0"
+            )
+
+    def _trainer(
+        self,
+        placement: Placement,
+        inventory: Inventory,
+        board: ActorHandle,
+        env_vars: dict[str, str],
+    ) -> TorchTrainer:
+        import torch
+
+        os.environ.setdefault(HEALTH_CHECK_ENV, str(HEALTH_CHECK_S))
+        storage, _, name = self.run_dir.rpartition("/")
+        failures = self.arguments.cluster.ray_max_failures
+        kind = "cuda" if placement.uses_gpu and not _shares_a_gpu(placement) else "cpu"
+        return TorchTrainer(
+            worker.train_loop,
+            train_loop_config={"board": board},
+            torch_config=MeetingConfig(
+                backend=backend(torch.device(kind)),
+                timeout_s=int(self.arguments.training.ddp_timeout),
+                master_addr=self.arguments.cluster.master_addr,
+                master_port=self.arguments.cluster.master_port,
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=placement.num_workers,
+                use_gpu=placement.uses_gpu,
+                resources_per_worker=placement.resources,
+                placement_strategy=placement.strategy,
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=storage,
+                failure_config=FailureConfig(
+                    max_failures=failures, controller_failure_limit=MAX_START_FAILURES
+                ),
+                callbacks=[FailureRule(board, failures)],
+                worker_runtime_env={"env_vars": env_vars},
+                logging_config=LoggingConfig("INFO" if self.debug else "CRITICAL"),
+            ),
+        )
+
+    def _fit(self, trainer: TorchTrainer, board: ActorHandle) -> None:
+        """Run `fit` in a second thread (its SIGINT handler is only for the main one)."""
+        errors: list[BaseException] = []
+        ended = threading.Event()
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except BaseException as error:  # to be raised again in the main thread
+                errors.append(error)
+            finally:
+                ended.set()
+
+        threading.Thread(target=fit, name="llmray-fit", daemon=True).start()
+        asked = False
+        while not ended.wait(COLLECT_EVERY_S):
+            self._show(board)
+            if self.signals.seen and not asked:
+                asked = True
+                log.info("%s: saving at the next step border, then ending", self.signals.seen[0])
+                ray.get(board.request_stop.remote(self.signals.seen[0]))
+        self.signals.is_training = False
+        self._show(board)
+        if errors:
+            raise self._told(errors[0], board)
+
+    def _show(self, board: ActorHandle) -> None:
+        for message in ray.get(board.collect.remote()):
+            if message.kind == "start":
+                self.signals.is_training = True
+            boards.replay(message, self.observer)
+
+    def _told(self, error: BaseException, board: ActorHandle) -> BaseException:
+        """The error to raise for what ended `fit`."""
+        for _, failure in ray.get(board.failures.remote()):
+            return failure
+        if isinstance(error, ControllerError):
+            return error.controller_failure
+        if isinstance(error, WorkerGroupError):
+            what = "; ".join(describe(r, e) for r, e in sorted(error.worker_failures.items()))
+            allowed = self.arguments.cluster.ray_max_failures
+            told = ClusterError(
+                f"{what}. The run failed more than ray_max_failures={allowed} times. Workers' logs "
+                "are in /tmp/ray/session_latest/logs of their nodes. Mend the cause and run again "
+                f"with resume_from_checkpoint: true; checkpoints are in {self.run_dir}."
+            )
+            told.__cause__ = error
+            return told
+        return error
+
+    def _leave_files(self) -> None:
+        """Copy the final files, checkpoints excepted, from the run directory to output_dir."""
+        output_dir = str(self.arguments.training.output_dir)
+        if os.path.abspath(output_dir) == self.run_dir:
+            return
+        names = [name for name in store.list_files(self.run_dir) if _is_final(name)]
+        store.fetch(self.run_dir, names, output_dir)
+        log.info("results are in %s, checkpoints in %s", output_dir, self.run_dir)
+
+
+def _shares_a_gpu(placement: Placement) -> bool:
+    """Whether ranks may meet on one GPU, which NCCL refuses; gloo reduces there too."""
+    return placement.num_workers > 1 and placement.resources["GPU"] < 1
+
+
+def _is_final(name: str) -> bool:
+    return not name.startswith((".", "checkpoint"))

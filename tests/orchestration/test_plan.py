@@ -1,0 +1,126 @@
+"""Needs against inventory, without Ray: what fits is placed, what cannot fit names both numbers."""
+
+import pytest
+
+from llmray.arguments.cluster import ClusterArguments
+from llmray.errors import ClusterError
+from llmray.orchestration.plan import Inventory, Node, capacity, place
+
+
+def inventory(*nodes, available=None, limits=None):
+    built = tuple(Node(f"id{i}", f"10.0.0.{i}", node) for i, node in enumerate(nodes))
+    total: dict[str, float] = {}
+    for node in nodes:
+        for key, amount in node.items():
+            total[key] = total.get(key, 0) + amount
+    return Inventory(built, total if available is None else available, limits)
+
+
+def arguments(**keys):
+    return ClusterArguments(**keys)
+
+
+GPU_NODE = {"CPU": 16.0, "GPU": 4.0}
+TWO_GPU_NODES = inventory(GPU_NODE, GPU_NODE)
+
+
+def test_nothing_given_takes_one_gpu_and_says_what_all_would_be():
+    placement = place(arguments(), TWO_GPU_NODES)
+    assert (placement.num_workers, placement.resources, placement.strategy) == (
+        1,
+        {"GPU": 1.0},
+        "PACK",
+    )
+    assert placement.uses_gpu
+    assert placement.notes == ("uses 1 of 8 GPUs; ray_num_workers: 8 uses all",)
+
+
+def test_given_number_is_not_commented():
+    assert place(arguments(ray_num_workers=2), TWO_GPU_NODES).notes == ()
+
+
+def test_cluster_without_gpu_shares_its_cores():
+    """Three workers on nodes of 4 and 2 cores: with 2 cores each 2 + 1 workers fit, with 3 one."""
+    placement = place(arguments(ray_num_workers=3), inventory({"CPU": 4.0}, {"CPU": 2.0}))
+    assert placement.resources == {"CPU": 2.0}
+    assert not placement.uses_gpu
+    assert placement.notes == (
+        'the cluster has no GPU: 3 workers with {"CPU": 2} each (resources_per_worker)',
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"ray_num_workers": 16},
+            "needs 16 GPU (16 workers with 1 each), the cluster has 8. Set ray_num_workers: 8",
+        ),
+        (
+            {"ray_num_workers": 4, "resources_per_worker": {"GPU": 3}},
+            "needs 12 GPU (4 workers with 3 each), the cluster has 8. Set ray_num_workers: 2",
+        ),
+        (
+            {"ray_num_workers": 1, "resources_per_worker": {"GPU": 5}},
+            'No node can hold one worker with {"GPU": 5}: the largest amounts on a node are '
+            '{"GPU": 4}',
+        ),
+        (
+            {"ray_num_workers": 3, "resources_per_worker": {"GPU": 2.0, "CPU": 9}},
+            '3 workers with {"GPU": 2, "CPU": 9} do not fit on the nodes of the cluster: 2 of them',
+        ),
+        (
+            {"ray_num_workers": 5, "placement_strategy": "STRICT_PACK"},
+            "the most that fit on one are 4. Set ray_num_workers: 4",
+        ),
+        (
+            {"ray_num_workers": 3, "placement_strategy": "STRICT_SPREAD"},
+            "STRICT_SPREAD needs 3 nodes",
+        ),
+        (
+            {"resources_per_worker": {"tpu_chip": 1}},
+            "needs 1 tpu_chip (1 worker with 1 each), the cluster has 0",
+        ),
+        ({"resources_per_worker": {"GPU": 0}}, 'resources_per_worker={"GPU": 0}: amounts above 0'),
+        ({"resources_per_worker": {"GPU": 1.5}}, "has 1.5 GPU: above one GPU a whole number"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_both_numbers(keys, said):
+    with pytest.raises(ClusterError) as caught:
+        place(arguments(**keys), TWO_GPU_NODES)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("resources", "each", "expected"),
+    [
+        ({"GPU": 1.0}, {"GPU": 0.25}, 4),
+        ({"CPU": 1.0}, {"CPU": 0.1}, 10),  # 1.0 // 0.1 is 9 in floating point
+        ({"CPU": 8.0, "GPU": 2.0}, {"CPU": 2.0, "GPU": 0.5}, 4),
+        ({"CPU": 8.0}, {"CPU": 1.0, "license": 1.0}, 0),
+    ],
+)
+def test_capacity_of_a_node(resources, each, expected):
+    assert capacity(Node("id", "ip", resources), each) == expected
+
+
+@pytest.mark.parametrize("strategy", ["PACK", "SPREAD"])
+def test_soft_strategies_take_any_nodes(strategy):
+    keys = arguments(ray_num_workers=8, placement_strategy=strategy)
+    assert place(keys, TWO_GPU_NODES).strategy == strategy
+
+
+def test_busy_cluster_is_waited_for_and_said():
+    busy = inventory(GPU_NODE, available={"CPU": 16.0, "GPU": 1.0})
+    placement = place(arguments(ray_num_workers=2), busy)
+    assert placement.notes == (
+        "waits for 2 GPU, of which 1 are free now: others hold the rest, or nodes start",
+    )
+
+
+def test_autoscaler_counts_with_what_it_may_grow_to():
+    grows = inventory({"CPU": 2.0}, limits={"CPU": 64.0, "GPU": 8.0})
+    placement = place(arguments(ray_num_workers=8), grows)
+    assert placement.resources == {"GPU": 1.0}
+    with pytest.raises(ClusterError, match=r"needs 9 GPU .* the cluster has 8"):
+        place(arguments(ray_num_workers=9), grows)
