@@ -1,0 +1,579 @@
+"""What llmray does not do yet, and what it never will: the one table that says so.
+
+A key that stands here fails when it is set away from its default, unless `works` allows the value.
+Whoever builds a capability removes its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmray.arguments.problems import Problem, given
+
+Flat = Mapping[str, Any]  # key -> value of the whole run
+Works = Callable[[Any, Flat], bool]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A key that does not work: the sentence that says why, and the values that do work."""
+
+    sentence: str
+    works: Works | None = None
+
+    def allows(self, value: Any, default: Any, flat: Flat) -> bool:
+        """Whether the value works in the run that `flat` describes."""
+        return value == default or (self.works is not None and self.works(value, flat))
+
+
+def only(*values: Any) -> Works:
+    """The condition that the value is among `values`."""
+    return lambda value, flat: value in values
+
+
+def _family(sentence: str, *keys: str) -> dict[str, Gap]:
+    return {key: Gap(sentence) for key in keys}
+
+
+_REMOVE = "Remove the key, or set it to its default."
+
+# Later work removes these rows.
+NOT_BUILT: dict[str, Gap] = {
+    # stages and methods
+    "stage": Gap("Of the stages only pt and sft are built yet.", only("pt", "sft")),
+    "finetuning_type": Gap(
+        "Orthogonal fine-tuning is not built yet. Use lora, freeze or full.",
+        only("full", "freeze", "lora"),
+    ),
+    **_family(
+        f"Orthogonal fine-tuning is not built yet. {_REMOVE}",
+        "oft_rank",
+        "oft_block_size",
+        "oft_target",
+        "module_dropout",
+    ),
+    **_family(f"LoRA+ is not built yet. {_REMOVE}", "loraplus_lr_ratio", "loraplus_lr_embedding"),
+    "use_dora": Gap(f"DoRA is not built yet. {_REMOVE}"),
+    **_family(f"PiSSA is not built yet. {_REMOVE}", "pissa_init", "pissa_iter", "pissa_convert"),
+    "use_llama_pro": Gap(f"Training of added blocks is not built yet. {_REMOVE}"),
+    **_family(
+        f"Losses beside cross-entropy are not built yet. {_REMOVE}",
+        "use_dft_loss",
+        "use_asft_loss",
+        "asft_alpha",
+        "use_eaft_loss",
+        "eaft_alpha",
+        "label_smoothing_factor",
+        "neftune_noise_alpha",
+    ),
+    "compute_accuracy": Gap(f"Token accuracy at evaluation is not built yet. {_REMOVE}"),
+    "include_effective_tokens_per_second": Gap(
+        f"It is not built yet; every log line has tokens_per_second. {_REMOVE}"
+    ),
+    **_family(
+        f"Stopping early and choosing the best evaluation are not built yet. {_REMOVE}",
+        "early_stopping_steps",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+        "greater_is_better",
+    ),
+    **_family(
+        f"Megatron and HyperParallel are not built in yet. {_REMOVE}",
+        "use_mca",
+        "use_hyper_parallel",
+        "hyper_parallel_args",
+        "hyper_parallel_cp_size",
+    ),
+    # preference and reinforcement learning
+    **_family(
+        f"Preference training is not built yet. {_REMOVE}",
+        "pref_beta",
+        "pref_ftx",
+        "pref_bco_weight",
+        "pref_loss",
+        "dpo_label_smoothing",
+        "ld_alpha",
+        "kto_chosen_weight",
+        "kto_rejected_weight",
+        "simpo_gamma",
+        "ref_model",
+        "ref_model_adapters",
+        "ref_model_quantization_bit",
+    ),
+    **_family(
+        f"Training by reward is not built yet. {_REMOVE}",
+        "ppo_buffer_size",
+        "ppo_epochs",
+        "ppo_score_norm",
+        "ppo_target",
+        "ppo_whiten_rewards",
+        "reward_model",
+        "reward_model_adapters",
+        "reward_model_quantization_bit",
+        "reward_model_type",
+    ),
+    # optimizers and schedules
+    "optim": Gap(
+        "Of the optimizers only AdamW is built yet. Use adamw_torch or adamw_torch_fused.",
+        only("adamw_torch", "adamw_torch_fused"),
+    ),
+    **_family(
+        f"Optimizers beside AdamW are not built yet. {_REMOVE}",
+        "optim_args",
+        "optim_target_modules",
+        "use_galore",
+        "galore_target",
+        "galore_rank",
+        "galore_update_interval",
+        "galore_scale",
+        "galore_proj_type",
+        "galore_layerwise",
+        "use_apollo",
+        "apollo_target",
+        "apollo_rank",
+        "apollo_update_interval",
+        "apollo_scale",
+        "apollo_proj",
+        "apollo_proj_type",
+        "apollo_scale_type",
+        "apollo_layerwise",
+        "apollo_scale_front",
+        "use_badam",
+        "badam_mode",
+        "badam_start_block",
+        "badam_switch_mode",
+        "badam_switch_interval",
+        "badam_update_ratio",
+        "badam_mask_mode",
+        "badam_verbose",
+        "use_adam_mini",
+        "use_muon",
+    ),
+    "lr_scheduler_type": Gap(
+        "That schedule is not built yet. Use cosine, linear, constant or constant_with_warmup.",
+        only("cosine", "linear", "constant", "constant_with_warmup"),
+    ),
+    "lr_scheduler_kwargs": Gap(f"No schedule that is built takes settings yet. {_REMOVE}"),
+    # data
+    "dataset_dir": Gap(
+        "Sets from a hub are not built yet. Name a local folder with a dataset_info.json.",
+        lambda value, flat: (
+            isinstance(value, str) and value != "ONLINE" and not value.startswith("REMOTE:")
+        ),
+    ),
+    "eval_on_each_dataset": Gap(f"Separate losses of evaluation sets are not built yet. {_REMOVE}"),
+    **_family(f"Streaming is not built yet. {_REMOVE}", "streaming", "buffer_size"),
+    **_family(
+        f"Interleaving of sets is not built yet; they follow one another. {_REMOVE}",
+        "mix_strategy",
+        "interleave_probs",
+    ),
+    "packing": Gap(
+        "Packing is built for stage pt only yet. Remove the key, or set packing: false.",
+        lambda value, flat: value is False or flat["stage"] == "pt",
+    ),
+    "neat_packing": Gap(f"Packing of conversations is not built yet. {_REMOVE}"),
+    "tool_format": Gap(f"Formats of tool calls are not built yet. {_REMOVE}"),
+    "tokenized_path": Gap(
+        "A place for prepared data is not built yet; it is kept in the cache. Remove the key."
+    ),
+    **_family(
+        f"Templates with thoughts are not built yet. {_REMOVE}",
+        "enable_thinking",
+        "preserve_thinking",
+    ),
+    **_family(
+        f"Images, video and audio are not built yet. {_REMOVE}",
+        "media_dir",
+        "image_max_pixels",
+        "image_min_pixels",
+        "image_do_pan_and_scan",
+        "crop_to_patches",
+        "video_max_pixels",
+        "video_min_pixels",
+        "video_fps",
+        "video_maxlen",
+        "use_audio_in_video",
+        "audio_sampling_rate",
+        "freeze_vision_tower",
+        "freeze_multi_modal_projector",
+        "freeze_language_model",
+    ),
+    # model
+    "adapter_folder": Gap(f"Adapters in folders of a hub repository are not built yet. {_REMOVE}"),
+    **_family(
+        f"Changes of the vocabulary are not built yet. {_REMOVE}",
+        "resize_vocab",
+        "split_special_tokens",
+        "add_tokens",
+        "add_special_tokens",
+        "new_special_tokens_config",
+        "init_special_tokens",
+    ),
+    "rope_scaling": Gap(f"Longer rotary positions are not built yet. {_REMOVE}"),
+    "flash_attn": Gap(
+        "FlashAttention kernels are not built in yet. Use auto, sdpa or disabled.",
+        only("auto", "disabled", "sdpa"),
+    ),
+    "shift_attn": Gap(f"Shifted sparse attention is not built yet. {_REMOVE}"),
+    "mixture_of_depths": Gap(f"Mixture of depths is not built yet. {_REMOVE}"),
+    "use_unsloth": Gap(f"Kernels of unsloth are not built in yet. {_REMOVE}"),
+    "use_unsloth_gc": Gap(f"Activations kept on the CPU are not built yet. {_REMOVE}"),
+    **_family(
+        f"Liger's kernels are not built in yet. {_REMOVE}",
+        "enable_liger_kernel",
+        "liger_kernel_config",
+        "use_v1_kernels",
+    ),
+    "moe_aux_loss_coef": Gap(f"The balancing loss of experts is not built yet. {_REMOVE}"),
+    **_family(
+        f"Upcasting of single layers is not built yet. {_REMOVE}",
+        "upcast_layernorm",
+        "upcast_lmhead_output",
+    ),
+    "infer_backend": Gap("Only transformers generates yet. Use huggingface."),
+    "offload_folder": Gap(f"Weights offloaded to disk are not built yet. {_REMOVE}"),
+    "use_kv_cache": Gap(f"Generation without a cache is not built yet. {_REMOVE}"),
+    **_family(
+        f"Hubs beside Hugging Face's are not built yet. {_REMOVE}", "ms_hub_token", "om_hub_token"
+    ),
+    **_family(
+        f"Low-bit weights are not built yet. {_REMOVE}",
+        "quantization_method",
+        "quantization_bit",
+        "quantization_type",
+        "double_quantization",
+        "quantization_device_map",
+        "fp8",
+        "fp8_backend",
+        "fp8_enable_fsdp_float8_all_gather",
+    ),
+    **_family(
+        f"vLLM and SGLang are not built in yet. {_REMOVE}",
+        "vllm_maxlen",
+        "vllm_gpu_util",
+        "vllm_enforce_eager",
+        "vllm_max_lora_rank",
+        "vllm_config",
+        "sglang_maxlen",
+        "sglang_mem_fraction",
+        "sglang_tp_size",
+        "sglang_config",
+        "sglang_lora_backend",
+    ),
+    **_family(
+        f"KTransformers is not built in yet. {_REMOVE}",
+        "use_kt",
+        "kt_optimize_rule",
+        "cpu_infer",
+        "chunk_size",
+        "mode",
+        "kt_maxlen",
+        "kt_use_cuda_graph",
+        "kt_mode",
+        "kt_force_think",
+    ),
+    # training
+    "do_eval": Gap(
+        "Evaluation without training is not built yet. Write do_train: true too.",
+        lambda value, flat: flat["do_train"],
+    ),
+    **_family(
+        f"Generated predictions are not built yet. {_REMOVE}",
+        "do_predict",
+        "predict_with_generate",
+        "eval_num_beams",
+        "generation_max_length",
+        "generation_num_beams",
+        "generation_config",
+    ),
+    "auto_find_batch_size": Gap(f"A search for the batch size is not built yet. {_REMOVE}"),
+    "logging_strategy": Gap("Logging is built by steps only yet. Use steps and logging_steps."),
+    "disable_tqdm": Gap(f"A choice of the progress line is not built yet. {_REMOVE}"),
+    "include_num_input_tokens_seen": Gap(f"A count of tokens seen is not built yet. {_REMOVE}"),
+    "save_strategy": Gap(
+        "Saving of the best is not built yet. Use no, steps or epoch.",
+        only("no", "steps", "epoch"),
+    ),
+    **_family(
+        f"Delayed and first evaluations are not built yet. {_REMOVE}",
+        "eval_delay",
+        "eval_on_start",
+    ),
+    **_family(
+        f"That number format is not built yet. {_REMOVE}",
+        "bf16_full_eval",
+        "fp16_full_eval",
+        "tf32",
+    ),
+    "use_cpu": Gap("It is not built yet. Hide the GPUs by CUDA_VISIBLE_DEVICES='' instead."),
+    **_family(
+        f"torch.compile is not built in yet. {_REMOVE}",
+        "torch_compile",
+        "torch_compile_backend",
+        "torch_compile_mode",
+    ),
+    "torch_empty_cache_steps": Gap(f"It is not built yet. {_REMOVE}"),
+    "dataloader_drop_last": Gap(f"Leaving out the last step is not built yet. {_REMOVE}"),
+    "train_sampling_strategy": Gap(
+        "Rows are taken in random order. Write disable_shuffling: true for the order of the data; "
+        "length does not matter, for rows are not padded."
+    ),
+    **_family(
+        f"Settings of the process group are not built yet. {_REMOVE}",
+        "ddp_backend",
+        "ddp_find_unused_parameters",
+        "ddp_bucket_cap_mb",
+        "ddp_broadcast_buffers",
+        "ddp_static_graph",
+    ),
+    "deepspeed": Gap("DeepSpeed is not built in yet. Remove the key."),
+    **_family(
+        "Sharding over workers is not built yet. Remove the key.",
+        "fsdp",
+        "fsdp_config",
+        "parallelism_config",
+    ),
+    **_family(
+        f"Profiling and memory reports are not built yet. {_REMOVE}",
+        "skip_memory_metrics",
+        "enable_torch_profiler",
+        "profiler_output_dir",
+        "profiler_wait_steps",
+        "profiler_warmup_steps",
+        "profiler_active_steps",
+        "profiler_repeat",
+        "profiler_record_shapes",
+        "profiler_profile_memory",
+        "profiler_with_stack",
+        "profile_modules",
+    ),
+    # tracking, export, evaluation, sweeps
+    "report_to": Gap(
+        "Trackers are not built in yet; trainer_log.jsonl holds the metrics. Use none.",
+        only(("none",), ()),
+    ),
+    **_family(
+        f"Trackers are not built in yet. {_REMOVE}",
+        "run_name",
+        "project",
+        "trackio_space_id",
+        "trackio_bucket_id",
+        "trackio_static_space_id",
+        "use_swanlab",
+        "swanlab_project",
+        "swanlab_workspace",
+        "swanlab_run_name",
+        "swanlab_mode",
+        "swanlab_api_key",
+        "swanlab_logdir",
+        "swanlab_lark_webhook_url",
+        "swanlab_lark_secret",
+    ),
+    **_family(
+        f"Export is not built yet. {_REMOVE}",
+        "export_dir",
+        "export_size",
+        "export_device",
+        "export_quantization_bit",
+        "export_quantization_dataset",
+        "export_quantization_nsamples",
+        "export_quantization_maxlen",
+        "export_hub_model_id",
+    ),
+    **_family(
+        f"Uploads to a hub are not built yet. {_REMOVE}",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_token",
+        "hub_strategy",
+        "hub_private_repo",
+        "hub_always_push",
+        "hub_revision",
+    ),
+    **_family(
+        f"Benchmarks are not built yet. {_REMOVE}",
+        "task",
+        "task_dir",
+        "batch_size",
+        "lang",
+        "n_shot",
+        "save_dir",
+        "download_mode",
+    ),
+    "tune": Gap("Sweeps are not built yet. Remove the section."),
+}
+
+# Names of transformers or LLaMA-Factory that have no place here, with what to use instead.
+NOT_SUPPORTED: dict[str, Gap] = {
+    "use_fast_tokenizer": Gap(
+        "Transformers 5 has no other tokenizer for models that have a fast one. Remove the key."
+    ),
+    "low_cpu_mem_usage": Gap(
+        "Transformers 5 always loads without a second copy in memory. Remove the key."
+    ),
+    "ignore_pad_token_for_loss": Gap("Padding is never learnt. Remove the key."),
+    "export_legacy_format": Gap(
+        "Transformers 5 writes no .bin files; weights are safetensors. Remove the key."
+    ),
+    "compute_dtype": Gap("It is derived. Write bf16, fp16 or pure_bf16."),
+    "device_map": Gap("It is derived. Write resources_per_worker, or CUDA_VISIBLE_DEVICES."),
+    "model_max_length": Gap("It is derived. Write cutoff_len."),
+    "block_diag_attn": Gap("It is derived. Texts of one row never see each other."),
+    "average_tokens_across_devices": Gap(
+        "The loss is always divided by the tokens of all workers, so that it does not depend on "
+        "how a batch is split. Remove the key."
+    ),
+    "logging_nan_inf_filter": Gap("A loss that is not finite ends the run. Remove the key."),
+    **_family(
+        "The first rank alone speaks; LLAMAFACTORY_VERBOSITY sets how much. Remove the key.",
+        "log_on_each_node",
+        "log_level",
+        "log_level_replica",
+    ),
+    "save_on_each_node": Gap(
+        "A checkpoint is written once, to storage that all nodes see. Remove the key."
+    ),
+    "enable_jit_checkpoint": Gap(
+        "SIGTERM always saves a checkpoint before the run ends. Remove the key."
+    ),
+    **_family(
+        "Evaluation sums on the device and needs no such setting. Remove the key.",
+        "eval_accumulation_steps",
+        "eval_do_concat_batches",
+        "eval_use_gather_object",
+        "batch_eval_metrics",
+        "include_for_metrics",
+        "prediction_loss_only",
+    ),
+    "ignore_data_skip": Gap(
+        "A resumed run opens the data where it stopped, at no cost. Remove the key."
+    ),
+    "restore_callback_states_from_checkpoint": Gap(
+        "All state is in the checkpoint and restored. Remove the key."
+    ),
+    "activation_checkpointing_kwargs": Gap("Write use_reentrant_gc: true or false instead."),
+    "dataloader_in_order": Gap("Batches always come in their order. Remove the key."),
+    **_family(
+        "Columns are named in dataset_info.json. Remove the key.",
+        "remove_unused_columns",
+        "label_names",
+        "length_column_name",
+    ),
+    "sortish_sampler": Gap("Rows are not padded; their order by length is of no use. Remove it."),
+    "local_rank": Gap("The launcher says it in LOCAL_RANK. Remove the key."),
+    "accelerator_config": Gap("Accelerate does not run the training. Remove the key."),
+    "debug": Gap("Set LLMRAY_DEBUG=1 for tracebacks. Remove the key."),
+}
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Keys that work alone and not yet together."""
+
+    keys: tuple[str, ...]
+    holds: Callable[[Flat], bool]
+    sentence: str
+
+
+COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
+    Combination(
+        ("adapter_name_or_path", "finetuning_type"),
+        lambda flat: bool(flat["adapter_name_or_path"]) and flat["finetuning_type"] != "lora",
+        "Other training on top of an adapter is not built yet. Use finetuning_type: lora, or merge "
+        "the adapter first.",
+    ),
+    Combination(
+        ("adapter_name_or_path", "quantization_bit"),
+        lambda flat: len(flat["adapter_name_or_path"]) > 1 and flat["quantization_bit"] is not None,
+        "Several adapters on low-bit weights are not built yet. Name one.",
+    ),
+    Combination(
+        ("create_new_adapter", "quantization_bit"),
+        lambda flat: (
+            flat["create_new_adapter"]
+            and bool(flat["adapter_name_or_path"])
+            and flat["quantization_bit"] is not None
+        ),
+        "Merging into low-bit weights is not built yet. Remove create_new_adapter.",
+    ),
+    Combination(
+        ("resize_vocab", "quantization_bit"),
+        lambda flat: flat["resize_vocab"] and flat["quantization_bit"] is not None,
+        "A larger vocabulary of low-bit weights is not built yet. Remove one of the two.",
+    ),
+    Combination(
+        ("pissa_init", "quantization_bit"),
+        lambda flat: flat["pissa_init"] and flat["quantization_bit"] is not None,
+        "PiSSA of low-bit weights is not built yet. Remove one of the two.",
+    ),
+    Combination(
+        ("pissa_init", "stage"),
+        lambda flat: (
+            flat["pissa_init"]
+            and (
+                flat["stage"] in ("ppo", "kto")
+                or (flat["stage"] == "dpo" and flat["pref_loss"] not in ("orpo", "simpo"))
+            )
+        ),
+        "PiSSA where the reference is the model without its adapter is not built yet. Remove "
+        "pissa_init.",
+    ),
+    Combination(
+        ("use_asft_loss", "finetuning_type"),
+        lambda flat: flat["use_asft_loss"] and flat["finetuning_type"] == "lora",
+        "ASFT with an adapter is not built yet. Use finetuning_type: full.",
+    ),
+    Combination(
+        ("reward_model_type", "finetuning_type"),
+        lambda flat: (
+            flat["stage"] == "ppo"
+            and flat["reward_model_type"] == "lora"
+            and flat["finetuning_type"] != "lora"
+        ),
+        "A reward adapter beside a policy without adapter is not built yet. Use "
+        "reward_model_type: full.",
+    ),
+    Combination(
+        ("streaming", "max_samples"),
+        lambda flat: flat["streaming"] and flat["max_samples"] is not None,
+        "The head of a stream is not built yet. Remove max_samples.",
+    ),
+    Combination(
+        ("streaming", "tokenized_path"),
+        lambda flat: flat["streaming"] and flat["tokenized_path"] is not None,
+        "Keeping what was streamed is not built yet. Remove tokenized_path.",
+    ),
+    Combination(
+        ("save_strategy", "load_best_model_at_end"),
+        lambda flat: flat["load_best_model_at_end"] and flat["stage"] in ("rm", "ppo"),
+        "The best of stages rm and ppo is not built yet. Remove load_best_model_at_end.",
+    ),
+)
+
+
+def gaps(flat: Flat, defaults: Flat) -> list[Problem]:
+    """What the run asks for that llmray does not do.
+
+    Args:
+        flat: the value of every key of the run.
+        defaults: the default of every key.
+    """
+    problems = [
+        Problem((key,), f"{given(key, flat[key])}: {gap.sentence}")
+        for key, gap in (NOT_BUILT | NOT_SUPPORTED).items()
+        if not gap.allows(flat[key], defaults[key], flat)
+    ]
+    said = {key for problem in problems for key in problem.keys}
+    for combination in COMBINATIONS_NOT_BUILT:
+        if combination.holds(flat) and not said.intersection(combination.keys):
+            values = " with ".join(given(key, flat[key]) for key in combination.keys)
+            problems.append(Problem(combination.keys, f"{values}: {combination.sentence}"))
+    return problems
+
+
+def is_partial(key: str) -> bool:
+    """Whether some values of the key work and others not yet."""
+    return key in NOT_BUILT and NOT_BUILT[key].works is not None

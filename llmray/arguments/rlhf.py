@@ -1,0 +1,75 @@
+"""Arguments of preference learning and of reinforcement learning from rewards."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
+
+from llmray.arguments.group import Field, Float, Group, Int, Names, as_number
+
+Bits = Annotated[Literal[4, 8], BeforeValidator(as_number)]
+
+
+class RlhfArguments(Group):
+    """Everything about dpo, kto and ppo."""
+
+    pref_beta: Float = Field(
+        0.1,
+        gt=0,
+        description="Beta of the preference losses; larger stays closer to the reference.",
+    )
+    pref_ftx: Float = Field(
+        0.0, ge=0, description="Weight of the supervised loss on chosen responses."
+    )
+    pref_bco_weight: Float = Field(
+        0.0, ge=0, description="Weight of the binary classifier loss (MPO)."
+    )
+    pref_loss: Literal["sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo"] = Field(
+        "sigmoid", description="Loss of stage dpo; orpo and simpo need no reference."
+    )
+    dpo_label_smoothing: Float = Field(
+        0.0, ge=0, le=0.5, description="Share of pairs taken to be labelled the wrong way round."
+    )
+    ld_alpha: Float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Weight of tokens beyond the shorter response of a pair (LD-DPO).",
+    )
+    kto_chosen_weight: Float = Field(1.0, ge=0, description="Weight of good responses in kto.")
+    kto_rejected_weight: Float = Field(1.0, ge=0, description="Weight of bad responses in kto.")
+    simpo_gamma: Float = Field(0.5, description="Margin between the two rewards in SimPO.")
+    ppo_buffer_size: Int = Field(
+        1, ge=1, description="Batches of responses sampled before the policy is optimized."
+    )
+    ppo_epochs: Int = Field(
+        4, ge=1, description="Passes of the optimizer over the sampled responses."
+    )
+    ppo_score_norm: bool = Field(False, description="Divide rewards by their running deviation.")
+    ppo_target: Float = Field(
+        6.0, gt=0, description="Divergence from the reference, in nats, that its weight aims at."
+    )
+    ppo_whiten_rewards: bool = Field(
+        False, description="Bring rewards to mean 0 and deviation 1 before advantages."
+    )
+    ref_model: str | None = Field(
+        None,
+        description="Reference model of dpo and ppo. Not given: the policy as it was at the start.",
+    )
+    ref_model_adapters: Names = Field((), description="Adapters merged into the reference model.")
+    ref_model_quantization_bit: Bits | None = Field(
+        None, description="Bits per weight of the reference model."
+    )
+    reward_model: str | None = Field(
+        None, description="Reward model of ppo: a model, an adapter, or a server's address."
+    )
+    reward_model_adapters: Names = Field((), description="Adapters merged into the reward model.")
+    reward_model_quantization_bit: Bits | None = Field(
+        None, description="Bits per weight of the reward model."
+    )
+    reward_model_type: Literal["lora", "full", "api"] = Field(
+        "lora",
+        description="What reward_model names: an adapter of the policy's model, a whole model, or "
+        "a server.",
+    )
