@@ -135,7 +135,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "layer_types": ["chunked_attention", "full_attention"],
     },
     "bloom": {},
-    "gptj": {},
+    "gptj": {"rotary_dim": 4},
     "mamba": {"state_size": 8},
     "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 8, "lru_width": 32},
 }

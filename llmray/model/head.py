@@ -1,0 +1,211 @@
+"""From a batch to log-probabilities at its targets: decoder, head and temperature in one module.
+
+The one module that training wraps; nothing else computes logits for a loss. How a model scales or
+caps its logits comes from a table that is checked against the model's own logits when the module
+is built; a model that the table gets wrong is asked for its own logits, at the targets alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass
+from logging import getLogger
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmray.batch import Batch
+from llmray.errors import ModelError
+from llmray.model.attention import causal_lm, native, use_flat
+from llmray.model.chunked import (
+    Form,
+    Outputs,
+    Wanted,
+    linear_outputs,
+    logits_outputs,
+    module_outputs,
+)
+
+log = getLogger("llmray")
+
+NUM_CHECKED = 8  # positions at which the head is compared with the model's own logits
+AMPLIFIED = 200.0  # factor on their hidden states, so that a cap on the logits shows
+
+# fields of a configuration that multiply or divide the logits, and the one that caps them
+MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
+DIVISORS = ("logits_scaling",)
+CAPS = ("final_logit_softcapping", "logits_soft_cap")
+MULTIPLY_BY_DIVISOR = {"hyperclovax"}  # model types whose field of that name multiplies
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """What the model says at a batch's n targets; logarithms are natural.
+
+    `entropy` is that of the whole next-token distribution, `is_top1` says whether the target was
+    the likeliest token; both only where asked for. `aux_loss` is the mixture-of-experts loss times
+    its coefficient, where the model's configuration asks for it.
+    """
+
+    logprobs: Tensor  # (n,) float32
+    entropy: Tensor | None = None  # (n,) float32
+    is_top1: Tensor | None = None  # (n,) bool
+    values: Tensor | None = None  # (n,) float32
+    aux_loss: Tensor | None = None  # scalar
+
+
+class TokenModel(nn.Module):
+    """From a batch to its `TokenOutput`, for a model of transformers or peft's wrapper of one.
+
+    Args:
+        model: the causal language model; stays `self.model`.
+        flat: whether batches are flat rows; the model's attention is set accordingly.
+        temperature: divides the logits.
+    """
+
+    def __init__(self, model: nn.Module, *, flat: bool, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.model = model
+        self.flat = flat
+        base = causal_lm(model)
+        form = logit_form(base)
+        self.uses_own_head = not _form_is_right(base, form)
+        if self.uses_own_head:
+            log.info(
+                "%s computes its logits in a way of its own: its own forward is used, which holds "
+                "the logits of all targets at once",
+                type(base).__name__,
+            )
+        self.form = (Form() if self.uses_own_head else form).at(temperature)
+        if flat:
+            use_flat(model)
+
+    def forward(self, batch: Batch, *, entropy: bool = False, top1: bool = False) -> TokenOutput:
+        """The outputs at the targets of `batch`.
+
+        Args:
+            batch: a flat row where `self.flat`, else a padded rectangle.
+            entropy, top1: what else is wanted.
+        """
+        if self.flat != (batch.segments is not None):
+            raise ValueError(f"a {'flat row' if self.flat else 'padded batch'} is required")
+        base = causal_lm(self.model)
+        wanted = Wanted(entropy, top1)
+        outputs = self._own_outputs if self.uses_own_head else self._head_outputs
+        found, aux_loss = outputs(base, batch, wanted)
+        return TokenOutput(found.logprobs, found.entropy, found.is_top1, None, aux_loss)
+
+    def _head_outputs(
+        self, base: PreTrainedModel, batch: Batch, wanted: Wanted
+    ) -> tuple[Outputs, Tensor | None]:
+        decoder, head = base.base_model, base.get_output_embeddings()
+        result = decoder(batch.input_ids, **_inputs(decoder, base, batch))
+        hidden = result.last_hidden_state.flatten(0, 1)[batch.targets]  # (n, D)
+        if type(head) is nn.Linear:
+            found = linear_outputs(hidden, head, batch.target_ids, self.form, wanted)
+        else:  # wrapped by peft or quantised
+            width = base.config.get_text_config().vocab_size
+            found = module_outputs(hidden, head, batch.target_ids, self.form, wanted, width)
+        return found, _aux_loss(base, result, batch)
+
+    def _own_outputs(
+        self, base: PreTrainedModel, batch: Batch, wanted: Wanted
+    ) -> tuple[Outputs, Tensor | None]:
+        width = batch.input_ids.shape[1]
+        columns, index = (batch.targets % width).unique(return_inverse=True)
+        inputs = _inputs(base, base, batch)
+        if _accepts(base, "logits_to_keep"):
+            result = base(batch.input_ids, **inputs, logits_to_keep=columns)
+            logits = result.logits
+        else:
+            result = base(batch.input_ids, **inputs)
+            logits = result.logits[:, columns]
+        chosen = logits[batch.targets // width, index].float()  # (n, V)
+        found = logits_outputs(self.form.apply(chosen), batch.target_ids, wanted)
+        return found, _aux_loss(base, result, batch)
+
+
+def logit_form(model: PreTrainedModel) -> Form:
+    """How the configuration says that logits follow from the head's product."""
+    config = model.config.get_text_config()
+    inverted = config.model_type in MULTIPLY_BY_DIVISOR
+    slope = 1.0
+    for name in (*MULTIPLIERS, *DIVISORS):
+        factor = getattr(config, name, None)
+        if factor is not None:
+            slope *= 1 / factor if name in DIVISORS and not inverted else factor
+    caps = (getattr(config, name, None) for name in CAPS)
+    return Form(slope, next((cap for cap in caps if cap is not None), None))
+
+
+def _inputs(module: nn.Module, base: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """The keyword arguments of a call of `module` on `batch`; what it does not know is left out."""
+    inputs: dict[str, Any] = {"use_cache": False}
+    if batch.segments is not None:
+        inputs["segments"] = batch.segments
+        inputs["position_ids"] = batch.position_ids
+    else:
+        inputs["attention_mask"] = batch.attention_mask
+        if _accepts(module, "position_ids"):
+            inputs["position_ids"] = batch.position_ids
+    if _wants_aux_loss(base):
+        inputs["output_router_logits"] = True
+    return inputs
+
+
+def _accepts(module: nn.Module, name: str) -> bool:
+    return name in inspect.signature(type(module).forward).parameters
+
+
+@torch.no_grad()
+def _form_is_right(base: PreTrainedModel, form: Form) -> bool:
+    """Whether head and form give the model's own logits, also where hidden states are large."""
+    seen: list[Tensor] = []
+
+    def amplify(module: nn.Module, args: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state * AMPLIFIED
+        seen.append(output.last_hidden_state)
+        return output
+
+    head, was_training = base.get_output_embeddings(), base.training
+    if head is None or base.base_model is base:
+        return False
+    size = base.config.get_text_config().vocab_size
+    ids = torch.arange(NUM_CHECKED, device=base.device)[None] * (size // NUM_CHECKED)
+    hook = base.base_model.register_forward_hook(amplify)
+    base.eval()
+    try:
+        with native(base):
+            own = base(ids, use_cache=False).logits.float()
+    finally:
+        hook.remove()
+        base.train(was_training)
+    if len(seen) != 1:
+        return False
+    ours = form.apply(head(seen[0]).float())
+    limit = 1e-4 if base.dtype in (torch.float32, torch.float64) else 3e-2
+    return bool((own - ours).abs().max() <= limit * own.abs().max())
+
+
+def _wants_aux_loss(base: PreTrainedModel) -> bool:
+    return bool(getattr(base.config.get_text_config(), "output_router_logits", False))
+
+
+def _aux_loss(base: PreTrainedModel, result: Any, batch: Batch) -> Tensor | None:
+    """The load-balancing loss of the model's own module, times its coefficient."""
+    if not _wants_aux_loss(base):
+        return None
+    module = sys.modules[type(base).__module__]
+    config = base.config.get_text_config()
+    if not hasattr(module, "load_balancing_loss_func") or not result.router_logits:
+        raise ModelError(
+            f"output_router_logits is set, but {type(base).__name__} has no auxiliary loss. A "
+            "mixture of experts that has one is required; leave moe_aux_loss_coef away."
+        )
+    loss: Tensor = module.load_balancing_loss_func(
+        result.router_logits, base.num_experts, base.num_experts_per_tok, batch.attention_mask
+    )
+    return loss * config.router_aux_loss_coef
