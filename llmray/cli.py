@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmray import __version__
@@ -72,6 +73,7 @@ def _dispatch(words: list[str]) -> int:
 
 def check(words: list[str]) -> int:
     """Say every problem of a run file at once, or what the run will be."""
+    _speak()
     arguments = _load(words)
     print(_summary(arguments))
     return 0
@@ -79,8 +81,8 @@ def check(words: list[str]) -> int:
 
 def train(words: list[str]) -> int:
     """Train as the run file says: on Ray, under torchrun, or in this process."""
-    arguments = _load(words)
-    _speak(environ_level())
+    _speak()
+    arguments = _with_absolute_paths(_load(words))
     from llmray import launch
 
     ranks = launch.plan(arguments.ray_enabled, os.environ)
@@ -97,8 +99,8 @@ def train(words: list[str]) -> int:
 
 def chat(words: list[str]) -> int:
     """Talk in the terminal to the run's model, with its adapter where one is named."""
-    arguments = _load(words)
-    _speak(environ_level())
+    _speak()
+    arguments = _with_absolute_paths(_load(words))
     from llmray.serve import chat as terminal
 
     return terminal.chat(arguments)
@@ -164,20 +166,11 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def environ_level() -> int:
-    """The level of our log lines: LLAMAFACTORY_VERBOSITY, INFO where it is not set."""
-    name = os.environ.get("LLAMAFACTORY_VERBOSITY", "INFO").upper()
-    levels = logging.getLevelNamesMapping()
-    if name not in levels:
-        known = ", ".join(sorted(levels, key=levels.__getitem__))
-        raise ArgumentsError(
-            f"LLAMAFACTORY_VERBOSITY={name} is no logging level. Set it to one of {known}."
-        )
-    return levels[name]
-
-
-def _speak(level: int) -> None:
+def _speak() -> None:
     """Send our log lines to stderr; of several ranks only the first speaks below an error."""
+    from llmray.arguments import environment
+
+    level = environment.verbosity(os.environ)
     log.setLevel(level if _rank() == 0 else max(level, logging.ERROR))
     if not log.handlers:
         handler = logging.StreamHandler()
@@ -204,6 +197,15 @@ def _load(words: list[str]) -> RunArguments:
     is_override = words[0].startswith("--") or "=" in words[0]
     has_file = not is_override or os.path.isfile(words[0])
     return load(words[0] if has_file else None, words[1:] if has_file else words)
+
+
+def _with_absolute_paths(arguments: RunArguments) -> RunArguments:
+    from llmray.arguments import paths
+
+    # Ray's job supervisor sets this for the driver that it starts
+    is_submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    base = paths.base_directory(os.environ, is_submitted, Path.cwd())
+    return paths.absolute(arguments, base)
 
 
 def _summary(arguments: RunArguments) -> str:
@@ -242,7 +244,9 @@ def _unknown_command(name: str) -> str:
 
 def _failed(error: BaseException, text: str, code: int) -> int:
     """Print one message, or the traceback under LLMRAY_DEBUG=1; returns the exit code."""
-    if os.environ.get("LLMRAY_DEBUG", "").lower() in ("1", "true", "y", "yes"):
+    from llmray.arguments import environment
+
+    if os.environ.get("LLMRAY_DEBUG", "").strip().lower() in environment.TRUE:
         import traceback
 
         traceback.print_exception(error)

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmray.arguments import environment
 from llmray.errors import ArgumentsError, ClusterError
 
 log = logging.getLogger("llmray")
@@ -45,7 +46,7 @@ def plan(ray_enabled: bool, environ: Mapping[str, str]) -> Ranks | None:
     """
     if "WORLD_SIZE" in environ or "TORCHELASTIC_RUN_ID" in environ:
         return None  # torchrun started us
-    forced = environ.get("FORCE_TORCHRUN", "").lower() in ("1", "true", "y")
+    forced = environment.flag(environ, "FORCE_TORCHRUN")
     if ray_enabled:
         if forced:
             raise ArgumentsError(
@@ -53,12 +54,10 @@ def plan(ray_enabled: bool, environ: Mapping[str, str]) -> Ranks | None:
                 "Unset FORCE_TORCHRUN, or set use_ray: false."
             )
         return None
-    num_nodes = _number(environ, "NNODES", 1)
+    num_nodes = environment.count(environ, "NNODES", 1)
     num_devices = _visible_gpus()
-    if not forced and num_nodes == 1 and num_devices < 2 and "NPROC_PER_NODE" not in environ:
-        return None
-    num_processes = _number(environ, "NPROC_PER_NODE", max(1, num_devices))
-    if num_processes == num_nodes == 1 and not forced:
+    num_processes = environment.count(environ, "NPROC_PER_NODE", max(1, num_devices))
+    if not forced and num_nodes * num_processes == 1:
         return None
     return _meeting(num_processes, num_nodes, environ)
 
@@ -99,7 +98,7 @@ def torchrun(ranks: Ranks, command: Sequence[str]) -> int:
 
 
 def _meeting(num_processes: int, num_nodes: int, environ: Mapping[str, str]) -> Ranks:
-    node_rank = _number(environ, "NODE_RANK", 0, least=0)
+    node_rank = environment.count(environ, "NODE_RANK", 0, least=0)
     if node_rank >= num_nodes:
         raise ArgumentsError(
             f"NODE_RANK={node_rank} with NNODES={num_nodes}: machines are numbered from 0. "
@@ -111,15 +110,8 @@ def _meeting(num_processes: int, num_nodes: int, environ: Mapping[str, str]) -> 
             f"NNODES={num_nodes}, but {' and '.join(missing)} not set. All machines need the "
             "address and a free port of the one with NODE_RANK 0."
         )
-    port = _number(environ, "MASTER_PORT", 0) if environ.get("MASTER_PORT") else None
+    port = environment.count(environ, "MASTER_PORT", 0) or None
     return Ranks(num_processes, num_nodes, node_rank, environ.get("MASTER_ADDR"), port)
-
-
-def _number(environ: Mapping[str, str], name: str, default: int, least: int = 1) -> int:
-    text = environ.get(name) or str(default)
-    if not text.isdecimal() or int(text) < least:
-        raise ArgumentsError(f"{name}={text} is not a whole number of at least {least}. Mend it.")
-    return int(text)
 
 
 def _visible_gpus() -> int:
@@ -143,7 +135,7 @@ def _flags(ranks: Ranks) -> list[str]:
 def _prepare_environment(ranks: Ranks) -> None:
     share = max(1, (os.cpu_count() or 1) // ranks.num_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
-    if os.environ.get("OPTIM_TORCH", "1").lower() in ("1", "true", "y"):
+    if environment.flag(os.environ, "OPTIM_TORCH") is not False:
         # Segments that grow instead of fragmenting: batches differ in length at every step.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # The ranks and this module say what happened; the agent's own lines would repeat it at length.

@@ -1,10 +1,14 @@
+import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from llmray import cli
+import llmray
+from llmray import cli, launch
+from llmray.arguments.run import RunArguments
 from llmray.errors import ArgumentsError, ClusterError
 
 RUN = """
@@ -17,6 +21,17 @@ dataset_dir: data
 template: smollm2
 output_dir: saves/x
 """
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch):
+    """Takes away the log handler that a command installs: it holds this test's stderr."""
+    for name in ("USE_RAY", "RANK", "WORLD_SIZE", "LLMRAY_HOME", "LLMRAY_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    cli.log.handlers.clear()
+    cli.log.propagate = True
+    cli.log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
@@ -169,20 +184,52 @@ def test_args_with_an_unknown_key_names_the_nearest(capsys: pytest.CaptureFixtur
     assert "lora_rank" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("value", "level"), [("INFO", 20), ("warn", 30), ("WARNING", 30), ("DEBUG", 10)]
-)
-def test_verbosity_names_a_logging_level(
-    value: str, level: int, monkeypatch: pytest.MonkeyPatch
+def test_unknown_verbosity_is_refused(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("LLAMAFACTORY_VERBOSITY", value)
-    assert cli.environ_level() == level
-
-
-def test_unknown_verbosity_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMAFACTORY_VERBOSITY", "LOUD")
-    with pytest.raises(ArgumentsError, match="LOUD"):
-        cli.environ_level()
+    assert cli.main(["check", str(run_file)]) == 2
+    assert "LOUD" in capsys.readouterr().err
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunArguments]:
+    """Stands in for training; holds what it was called with."""
+    calls: list[RunArguments] = []
+    fake = ModuleType("llmray.local")
+    fake.train = lambda arguments: calls.append(arguments) or 143
+    monkeypatch.setitem(sys.modules, "llmray.local", fake)
+    monkeypatch.setattr(llmray, "local", fake, raising=False)
+    monkeypatch.setattr(launch, "_visible_gpus", lambda: 0)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("environ", "base"),
+    [
+        ({}, "work"),
+        ({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, "user/llmray"),
+        ({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "LLMRAY_HOME": "home"}, "home"),
+    ],
+)
+def test_relative_paths_are_made_absolute_and_said(
+    environ: dict[str, str],
+    base: str,
+    run_file: Path,
+    tmp_path: Path,
+    trained: list[RunArguments],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    for name, value in environ.items():
+        monkeypatch.setenv(name, str(tmp_path / value) if name == "LLMRAY_HOME" else value)
+    assert cli.main(["train", str(run_file)]) == 143
+    [arguments] = trained
+    assert arguments.training.output_dir == str(tmp_path / base / "saves" / "x")
+    assert f"relative paths start from {tmp_path / base}\n" in capsys.readouterr().err
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
