@@ -75,7 +75,7 @@ bench: $(STAMP) ## start-up and memory of the loss; benchmarks/README.md has the
 	@$(BIN)/python benchmarks/loss_memory.py
 
 docs: $(STAMP) ## write docs/arguments.md and docs/arguments.schema.json from the declarations
-	@$(BIN)/python -m llmray.arguments.reference docs
+	@$(BIN)/python -m llmray.arguments.reference
 
 format: $(STAMP) ## ruff's formatter and its safe repairs
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
