@@ -1,8 +1,8 @@
 """The errors that end a run with one clear message; everything else is a defect of llmray.
 
 A message has three parts: what was found (with the value), what is required, what to do. Every
-class derives from `LlmrayError` and the standard exception it replaces, takes the message alone, and so
-survives pickling through Ray.
+class derives from `LlmrayError` and the standard exception it replaces, takes the message alone,
+and so survives pickling through Ray.
 """
 
 
@@ -36,6 +36,10 @@ class ClusterError(LlmrayError, RuntimeError):
 
 class CheckpointError(LlmrayError, RuntimeError):
     """A checkpoint is damaged, foreign, or leaves nothing to do."""
+
+
+class TrainingError(LlmrayError, ArithmeticError):
+    """Training went wrong in its numbers: a loss or gradient that is not finite."""
 
 
 class RewardError(LlmrayError, RuntimeError):

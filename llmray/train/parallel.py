@@ -1,8 +1,8 @@
 """The process group: who this rank is, and the few collective calls that everything else uses.
 
-Control values (counts, stop flags, small objects) travel over gloo on the host, so none of them makes
-a GPU wait; gradients are reduced by torch's own wrapper. Nothing here knows how the ranks were
-started: `World.from_environment` covers this process, torchrun and Ray Train.
+Control values (counts, stop flags, small objects) travel over gloo on the host, so none of them
+makes a GPU wait; gradients are reduced by torch's own wrapper. Nothing here knows how the ranks
+were started: `World.from_environment` covers this process, torchrun and Ray Train.
 """
 
 from __future__ import annotations

@@ -1,0 +1,87 @@
+"""A run in this process, alone or as one of torchrun's ranks: `use_ray: false`.
+
+Data is prepared before the process group exists, so no rank waits in a collective call for it. The
+first SIGINT or SIGTERM asks for a stop at the next step border, a save, and exit code 130 or 143;
+the third ends the process at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from logging import getLogger
+from pathlib import Path
+from types import FrameType
+
+from llmray import hub
+from llmray.arguments import environment
+from llmray.arguments.run import RunArguments
+from llmray.data import prepared
+from llmray.errors import ArgumentsError
+from llmray.run import Context, run
+from llmray.train import checkpoint
+from llmray.train.observers import Console
+from llmray.train.parallel import World
+
+log = getLogger("llmray")
+
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
+
+
+def train(arguments: RunArguments) -> int:
+    """Run the file here; returns the exit code: 0, or that of the signal that stopped it."""
+    run_dir = arguments.training.output_dir
+    if run_dir is None:
+        raise ArgumentsError("output_dir is missing. A run needs a directory for its results.")
+    stop = StopSignals()
+    model_dir = hub.resolve(arguments.model.model_name_or_path, arguments.model)
+    ref = prepared.ensure(arguments, model_dir, root=prepared_root())
+    world = World.from_environment(arguments.training.ddp_timeout)
+    try:
+        if world.is_main:
+            options = arguments.training
+            checkpoint.clear_way(
+                run_dir, options.resume_from_checkpoint, overwrite=options.overwrite_output_dir
+            )
+        world.barrier()
+        context = Context(
+            world=world,
+            run_dir=run_dir,
+            prepared=ref,
+            model_dir=model_dir,
+            stop=stop.reason,
+            observers=(Console(),) if world.is_main else (),
+        )
+        result = run(arguments, context)
+    finally:
+        world.close()
+    if result.stopped is not None:
+        log.info("stopped by %s after step %d, saved", result.stopped, result.steps)
+        return EXIT_CODES[result.stopped]
+    return 0
+
+
+def prepared_root() -> Path:
+    """Where prepared data sets of this machine lie."""
+    return environment.cache_directory(os.environ) / "prepared"
+
+
+class StopSignals:
+    """Turns SIGINT and SIGTERM into a reason that the loop asks for."""
+
+    def __init__(self) -> None:
+        self._seen: list[str] = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def reason(self) -> str | None:
+        """The name of the first signal that came, or None."""
+        return self._seen[0] if self._seen else None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        self._seen.append(name)
+        if len(self._seen) == 1:
+            log.info("%s: saving at the next step border, then ending", name)
+        elif len(self._seen) > 2:
+            os._exit(EXIT_CODES[name])

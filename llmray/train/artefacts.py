@@ -1,0 +1,41 @@
+"""The files beside the checkpoints: logs, results, plots, final weights.
+
+They are written to a local directory: the run directory itself, or, where that is a URI, a
+temporary one whose files `publish` copies there.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from llmray import store
+from llmray.train.observers import LOG_NAME
+
+
+class Artefacts:
+    """The files of rank 0; on other ranks `directory` exists and nothing is published."""
+
+    def __init__(self, run_dir: str, *, is_main: bool) -> None:
+        self.run_dir = run_dir
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._is_main = is_main
+        if store.is_uri(run_dir):
+            self._temporary = tempfile.TemporaryDirectory(prefix="llmray-")
+            self.directory = Path(self._temporary.name)
+            if is_main:
+                store.fetch(run_dir, [LOG_NAME], self.directory)
+        else:
+            self.directory = Path(run_dir)
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    def write_json(self, name: str, values: dict[str, Any]) -> None:
+        """Write `values` to the file `name`, whole or not at all."""
+        store.write_atomic(self.directory / name, json.dumps(values, indent=2) + "\n")
+
+    def publish(self) -> None:
+        """Copy what was written to the run directory, where that is a URI."""
+        if self._temporary is not None and self._is_main:
+            store.upload(self.directory, self.run_dir)

@@ -1,0 +1,199 @@
+"""The engine: forward and backward over micro-batches, the update, log-probabilities, its state.
+
+Few primitives, no loop, no Ray. A gradient is that of the loss divided by the count of units over
+all ranks and micro-batches of the step, reduced once: the result does not depend on how a batch is
+split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmray.batch import Batch
+from llmray.errors import CheckpointError
+from llmray.model.head import TokenModel, TokenOutput
+from llmray.train.losses import Objective
+from llmray.train.optimizers import Factor
+from llmray.train.parallel import World
+from llmray.train.precision import Precision
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """One forward and backward over a step's micro-batches.
+
+    `loss` and `metrics` are this rank's share: their sum over ranks is the step's mean over `count`
+    units. `num_tokens` counts this rank's real tokens.
+    """
+
+    loss: Tensor  # scalar
+    metrics: dict[str, Tensor]
+    count: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class OptimOutput:
+    """One update: the gradient's norm before clipping, and the learning rate that was applied."""
+
+    grad_norm: Tensor  # scalar
+    learning_rate: float
+
+
+class Engine:
+    """A model under training on this rank; Resumable.
+
+    Args:
+        model: the token model, on its device.
+        trainable: the parameters that train, by their names in `model`; in a fixed order.
+        optimizer: over exactly these parameters.
+        schedule: factor of the learning rate at a step.
+        world: this rank among all.
+        precision: the arithmetic.
+        max_grad_norm: clip threshold of the global gradient norm; 0 does not clip.
+    """
+
+    def __init__(
+        self,
+        model: TokenModel,
+        trainable: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        schedule: Factor,
+        *,
+        world: World,
+        precision: Precision,
+        max_grad_norm: float,
+    ) -> None:
+        self.model = model
+        self.world = world
+        self.precision = precision
+        self.step = 0
+        self._wrapped = world.wrap(model)
+        self._trainable = dict(trainable)
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._base_rates = [group["lr"] for group in optimizer.param_groups]
+        self._max_grad_norm = max_grad_norm
+        self._scaler = torch.amp.GradScaler(world.device.type, enabled=precision.scales_loss)
+
+    def forward_backward(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
+        """Add the gradients of the step's mean loss; every rank brings as many micro-batches.
+
+        Raises:
+            ValueError: if no rank has a unit to train on, or ranks differ in micro-batches.
+        """
+        device = self.world.device
+        local = sum(objective.count(batch) for batch in micro_batches)
+        total, number = (int(value) for value in self.world.sum([local, len(micro_batches)]))
+        if number != len(micro_batches) * self.world.world_size:
+            raise ValueError("ranks differ in their number of micro-batches")
+        if total == 0:
+            raise ValueError("no rank has a target in this step")
+        self._wrapped.train()
+        loss = torch.zeros((), device=device)
+        metrics: dict[str, Tensor] = {}
+        for index, batch in enumerate(micro_batches):
+            is_last = index == len(micro_batches) - 1
+            with self._reduces(is_last), self.precision.context(device):
+                moved = batch.to(device)
+                output: TokenOutput = self._wrapped(moved)
+                part = objective(output, moved)
+                summed = part.loss
+                if output.aux_loss is not None:  # a mean of its own: weighted by the batch's units
+                    summed = summed + output.aux_loss * objective.count(batch)
+                # torch averages gradients over ranks: the factor makes it their sum
+                self._scaler.scale(summed * (self.world.world_size / total)).backward()
+            loss += summed.detach() / total
+            for name, value in part.metrics.items():
+                metrics[name] = metrics.get(name, torch.zeros((), device=device)) + value / total
+        return StepOutput(loss, metrics, total, sum(batch.num_tokens for batch in micro_batches))
+
+    def optim_step(self) -> OptimOutput:
+        """Clip, update, and forget the gradients."""
+        rate = self._set_learning_rate()
+        self._scaler.unscale_(self._optimizer)
+        grads = [p.grad for p in self._trainable.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        if self._max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(
+                list(self._trainable.values()), self._max_grad_norm, norm
+            )
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return OptimOutput(norm, rate)
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, *, top1: bool = False) -> TokenOutput:
+        """The outputs at `batch`'s targets, without gradient and without dropout."""
+        self.model.eval()
+        with self.precision.context(self.world.device):
+            output: TokenOutput = self.model(batch.to(self.world.device), top1=top1)
+        return output
+
+    def state_dict(self) -> dict[str, Any]:
+        """What training changes: the trainable weights, the optimizer's moments, the scale."""
+        moments = {
+            name: dict(self._optimizer.state[parameter])
+            for name, parameter in self._trainable.items()
+            if parameter in self._optimizer.state
+        }
+        return {
+            "step": self.step,
+            "trainable": {name: p.detach() for name, p in self._trainable.items()},
+            "optimizer": moments,
+            "scaler": self._scaler.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave.
+
+        Raises:
+            CheckpointError: if names or shapes of the trainable parameters differ.
+        """
+        self._check_names(state["trainable"])
+        self.step = state["step"]
+        for name, parameter in self._trainable.items():
+            parameter.copy_(state["trainable"][name])
+        saved = state["optimizer"]
+        names = {id(parameter): name for name, parameter in self._trainable.items()}
+        ordered = [names[id(p)] for group in self._optimizer.param_groups for p in group["params"]]
+        self._optimizer.load_state_dict(
+            {
+                "state": {i: saved[name] for i, name in enumerate(ordered) if name in saved},
+                "param_groups": self._optimizer.state_dict()["param_groups"],
+            }
+        )
+        self._scaler.load_state_dict(state["scaler"])
+
+    def _check_names(self, saved: Mapping[str, Tensor]) -> None:
+        ours = {name: tuple(p.shape) for name, p in self._trainable.items()}
+        theirs = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        differing = sorted(set(ours.items()) ^ set(theirs.items()))
+        if differing:
+            name, shape = differing[0]
+            where = "the checkpoint" if name in theirs else "this run"
+            raise CheckpointError(
+                f"{len(differing)} trainable parameters differ between the checkpoint and this "
+                f"run, first {name} {shape} of {where}. A resume needs the same model and tuning "
+                "keys. Set overwrite_output_dir: true to start anew."
+            )
+
+    def _set_learning_rate(self) -> float:
+        factor = self._schedule(self.step)
+        for group, base in zip(self._optimizer.param_groups, self._base_rates, strict=True):
+            group["lr"] = base * factor
+        return float(self._base_rates[0] * factor)
+
+    def _reduces(self, is_last: bool) -> AbstractContextManager[object]:
+        if is_last or not isinstance(self._wrapped, nn.parallel.DistributedDataParallel):
+            return nullcontext()
+        return self._wrapped.no_sync()

@@ -1,0 +1,59 @@
+"""Observers: the log file over a resume, the console's lines, the picture."""
+
+import io
+import json
+
+from llmray.train.observers import Console, JsonLines, LossPlot, read_log, smooth
+
+
+def record(step, **extra):
+    times = {"elapsed_time": "0:00:01", "remaining_time": "0:00:09"}
+    return {
+        "current_steps": step,
+        "total_steps": 10,
+        "loss": 1.0 / step,
+        "lr": 0.1,
+        **times,
+        "tokens_per_second": 5.0,
+        **extra,
+    }
+
+
+def test_resumed_log_drops_the_steps_that_are_repeated(tmp_path):
+    first = JsonLines(tmp_path)
+    first.on_start(0, 10)
+    for step in (1, 2, 3, 4):
+        first.on_log(record(step))
+    second = JsonLines(tmp_path)
+    second.on_start(2, 10)
+    second.on_log(record(3, again=True))
+    steps = [(r["current_steps"], r.get("again")) for r in read_log(tmp_path / "trainer_log.jsonl")]
+    assert steps == [(1, None), (2, None), (3, True)]
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
+    path = tmp_path / "trainer_log.jsonl"
+    path.write_text(json.dumps(record(1)) + "\n" + json.dumps(record(2))[:20])
+    assert [r["current_steps"] for r in read_log(path)] == [1]
+
+
+def test_console_prints_plain_lines_where_there_is_no_terminal():
+    stream = io.StringIO()
+    Console(stream).on_log(record(2, eval_loss=0.25))
+    expected = "step 2/10, loss 0.5000, lr 0.1, 5 tokens/s, eval_loss 0.2500, ETA 0:00:09\n"
+    assert stream.getvalue() == expected
+
+
+def test_plot_is_a_picture_of_each_curve(tmp_path):
+    log = JsonLines(tmp_path)
+    log.on_start(0, 10)
+    log.on_log(record(1))
+    log.on_log(record(2, eval_loss=0.4))
+    LossPlot(tmp_path).on_end({})
+    for name in ("training_loss.png", "training_eval_loss.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_smoothing_by_hand():
+    """Weight 0.5 from 4: 4, then (4 + 0) / 2 = 2, then (2 + 2) / 2 = 2."""
+    assert smooth([4.0, 0.0, 2.0], weight=0.5) == [4.0, 2.0, 2.0]
