@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+from ray._private.state import state
 from ray.exceptions import AuthenticationError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -79,7 +80,7 @@ def connect(arguments: ClusterArguments, *, debug: bool) -> str:
     options = {
         "include_dashboard": False,
         "log_to_driver": debug,
-        "logging_level": "INFO" if debug else "ERROR",
+        "logging_level": "INFO" if debug else "CRITICAL",
         **wanted,
     }
     _authenticate(address)
@@ -109,7 +110,7 @@ def inventory() -> Inventory:
         if node["Alive"]
     )
     # remove when ray has a public call: the autoscaler's configuration, as Ray Train reads it
-    limits = ray._private.state.get_max_resources_from_cluster_config()
+    limits = state.get_max_resources_from_cluster_config()
     return Inventory(nodes, ray.available_resources(), limits or None)
 
 

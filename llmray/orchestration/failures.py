@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ray.actor import ActorHandle
@@ -42,7 +43,7 @@ class FailureRule(UserCallback):  # type: ignore[misc]
         left = self.max_failures - self.count
         if self.max_failures >= 0 and left < 0:
             return  # Ray Train ends the run, and the driver says why
-        what = "; ".join(describe(rank, e) for rank, e in sorted(worker_exceptions.items()))
+        what = describe(worker_exceptions)
         allowed = "any number of" if self.max_failures < 0 else left
         text = (
             f"{what}. The workers start again from the newest checkpoint; ray_max_failures allows "
@@ -62,17 +63,25 @@ class FailureRule(UserCallback):  # type: ignore[misc]
         return is_new
 
 
+def is_dead(error: Exception) -> bool:
+    """Whether a rank's process is gone."""
+    cause = getattr(error, "health_check_failure", error)  # ray 2.60 wraps the death of an actor
+    return isinstance(cause, RayError)
+
+
 def is_lost(error: Exception) -> bool:
     """Whether a rank's process is gone, or it failed because another one's is."""
-    cause = getattr(error, "health_check_failure", error)  # ray 2.60 wraps the death of an actor
     lost_peer = type(error).__name__ in LOST_PEER_TYPES or LOST_PEER.search(str(error))
-    return isinstance(cause, RayError) or lost_peer is not None
+    return is_dead(error) or lost_peer is not None
 
 
-def describe(rank: int, error: Exception) -> str:
-    """What happened to a rank, in a few words."""
-    cause = getattr(error, "health_check_failure", error)
-    if isinstance(cause, RayError):
-        return f"rank {rank} died: its process or node is gone"
-    lines = str(error).strip().splitlines()
-    return f"rank {rank} failed: {type(error).__name__}: {lines[0] if lines else ''}"
+def describe(failures: Mapping[int, Exception]) -> str:
+    """What happened to the ranks, in a few words; those that only lost a peer are left out."""
+    causes = {rank: e for rank, e in failures.items() if is_dead(e) or not is_lost(e)} or failures
+    said = []
+    for rank, error in sorted(causes.items()):
+        lines = str(error).strip().splitlines()
+        text = f"{type(error).__name__}: {lines[0] if lines else ''}"
+        gone = "died: its process or node is gone"
+        said.append(f"rank {rank} {gone if is_dead(error) else 'failed: ' + text}")
+    return "; ".join(said)

@@ -20,6 +20,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
@@ -47,6 +48,7 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"
 MAX_START_FAILURES = 60
 HEALTH_CHECK_ENV = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 HEALTH_CHECK_S = 0.1
+PREEMPTION_ENV = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # one more process; nobody takes this node
 
 
 def train(arguments: RunArguments, *, core: Callable[..., Any] | None = None) -> int:
@@ -61,10 +63,12 @@ def train(arguments: RunArguments, *, core: Callable[..., Any] | None = None) ->
     """
     debug = os.environ.get("LLMRAY_DEBUG", "").lower() in ("1", "true", "y", "yes")
     run_dir = run_directory(arguments)
-    cluster.connect(arguments.cluster, debug=debug)
+    is_ours = cluster.connect(arguments.cluster, debug=debug) == "local"
+    if is_ours:
+        os.environ.setdefault(PREEMPTION_ENV, "0")
     try:
         with StopSignals() as signals:
-            return _Driver(arguments, run_dir, signals, core, debug).train()
+            return _Driver(arguments, run_dir, signals, core, debug, is_ours).train()
     except Stopped as stop:
         log.info("stopped by %s", stop.reason)
         return EXIT_CODES[stop.reason]
@@ -127,6 +131,15 @@ class StopSignals:
             log.warning("%s again: a third one ends at once, without saving", name)
 
 
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    # Ray Train's cleaner is a detached actor that a killed driver leaves behind where there is no
+    # dashboard; workers and their placement group end with the driver's job without it
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
+
+
 @dataclass
 class _Driver:
     arguments: RunArguments
@@ -134,6 +147,7 @@ class _Driver:
     signals: StopSignals
     core: Callable[..., Any] | None
     debug: bool
+    is_ours: bool  # the cluster was started by this process, whose environment it has
     observer: Observer = field(default_factory=Console)
 
     def train(self) -> int:
@@ -143,7 +157,7 @@ class _Driver:
             log.info("%s", note)
         nodes = [n for n in inventory.nodes if capacity(n, placement.resources)]
         self._check(nodes)
-        open_vars, secrets = cluster.split_environment(os.environ)
+        open_vars, secrets = ({}, {}) if self.is_ours else cluster.split_environment(os.environ)
         here = ray.get_runtime_context().get_node_id()
         tasks_see = prepare_job.Environment(open_vars, secrets)
         prepared = prepare_job.prepare(arguments, nodes or list(inventory.nodes), here, tasks_see)
@@ -204,7 +218,7 @@ class _Driver:
         storage, _, name = self.run_dir.rpartition("/")
         failures = self.arguments.cluster.ray_max_failures
         kind = "cuda" if placement.uses_gpu and not _shares_a_gpu(placement) else "cpu"
-        return TorchTrainer(
+        return _Trainer(
             worker.train_loop,
             train_loop_config={"board": board},
             torch_config=MeetingConfig(
@@ -270,7 +284,7 @@ class _Driver:
         if isinstance(error, ControllerError):
             return error.controller_failure
         if isinstance(error, WorkerGroupError):
-            what = "; ".join(describe(r, e) for r, e in sorted(error.worker_failures.items()))
+            what = describe(error.worker_failures)
             allowed = self.arguments.cluster.ray_max_failures
             told = ClusterError(
                 f"{what}. The run failed more than ray_max_failures={allowed} times. Workers' logs "
