@@ -37,7 +37,7 @@ def _family(sentence: str, *keys: str) -> dict[str, Gap]:
     return {key: Gap(sentence) for key in keys}
 
 
-_REMOVE = "Remove the key, or set it to its default."
+_REMOVE = "Remove it, or set it to its default."
 
 # Later work removes these rows.
 NOT_BUILT: dict[str, Gap] = {
@@ -555,23 +555,27 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
 
 
 def gaps(flat: Flat, defaults: Flat) -> list[Problem]:
-    """What the run asks for that llmray does not do.
+    """What the run asks for that llmray does not do; keys that lack the same thing in one problem.
 
     Args:
         flat: the value of every key of the run.
         defaults: the default of every key.
     """
-    problems = [
-        Problem((key,), f"{given(key, flat[key])}: {gap.sentence}")
-        for key, gap in (NOT_BUILT | NOT_SUPPORTED).items()
-        if not gap.allows(flat[key], defaults[key], flat)
+    asked: dict[str, list[str]] = {}
+    for key, gap in (NOT_BUILT | NOT_SUPPORTED).items():
+        if not gap.allows(flat[key], defaults[key], flat):
+            asked.setdefault(gap.sentence, []).append(key)
+    found = [_problem(tuple(keys), sentence, flat, ", ") for sentence, keys in asked.items()]
+    said = {key for keys in asked.values() for key in keys}
+    return found + [
+        _problem(combination.keys, combination.sentence, flat, " with ")
+        for combination in COMBINATIONS_NOT_BUILT
+        if combination.holds(flat) and not said.intersection(combination.keys)
     ]
-    said = {key for problem in problems for key in problem.keys}
-    for combination in COMBINATIONS_NOT_BUILT:
-        if combination.holds(flat) and not said.intersection(combination.keys):
-            values = " with ".join(given(key, flat[key]) for key in combination.keys)
-            problems.append(Problem(combination.keys, f"{values}: {combination.sentence}"))
-    return problems
+
+
+def _problem(keys: tuple[str, ...], sentence: str, flat: Flat, between: str) -> Problem:
+    return Problem(keys, f"{between.join(given(key, flat[key]) for key in keys)}: {sentence}")
 
 
 def is_partial(key: str) -> bool:

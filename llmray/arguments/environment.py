@@ -85,7 +85,7 @@ def home(environ: Mapping[str, str]) -> Path | None:
     return path(environ, "LLMRAY_HOME")
 
 
-def cache(environ: Mapping[str, str]) -> Path:
+def cache_directory(environ: Mapping[str, str]) -> Path:
     """The folder of converted models and prepared data: LLMRAY_CACHE or ~/.cache/llmray."""
     return path(environ, "LLMRAY_CACHE") or Path.home() / ".cache" / "llmray"
 

@@ -10,8 +10,8 @@ from llmray.arguments.group import Field, Group, Int
 class EvaluationArguments(Group):
     """Everything about benchmarks; `seed` is that of training."""
 
-    task: str | None = Field(
-        None, description="Benchmark and split: mmlu_test, ceval_validation or cmmlu_test."
+    task: Literal["mmlu_test", "ceval_validation", "cmmlu_test"] | None = Field(
+        None, description="Benchmark and split."
     )
     task_dir: str = Field("evaluation", description="Folder of the benchmarks' files.")
     batch_size: Int = Field(4, ge=1, description="Questions that a device answers at once.")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 from llmray.arguments import environment
-from llmray.arguments.run import RunArguments
+from llmray.arguments.run import DEFAULTS, RunArguments
+
+log = getLogger("llmray")
 
 # Keys that name a place on disk whatever lies there.
 PLACES = (
@@ -66,7 +69,7 @@ def absolute(arguments: RunArguments, base: Path) -> RunArguments:
     """
     flat = arguments.flat()
     changed: dict[str, Any] = {
-        key: _each(flat[key], base, must_exist=False) for key in PLACES if flat[key]
+        key: _each(flat[key], base, must_exist=False) for key in PLACES if _in_use(key, flat[key])
     }
     changed |= {
         key: _each(flat[key], base, must_exist=True) for key in PLACES_OR_NAMES if flat[key]
@@ -76,7 +79,15 @@ def absolute(arguments: RunArguments, base: Path) -> RunArguments:
     if arguments.ray_enabled:
         changed["ray_storage_path"] = _absolute(arguments.cluster.storage_path, base)
     differing = {key: value for key, value in changed.items() if value != flat[key]}
-    return arguments.replace(**differing) if differing else arguments
+    if not differing:
+        return arguments
+    log.info("relative paths start from %s", base)
+    return arguments.replace(**differing)
+
+
+def _in_use(key: str, value: Any) -> bool:
+    """Whether a place is named, or a default that every run uses: others are left alone."""
+    return bool(value) and (value != DEFAULTS[key] or key == "dataset_dir")
 
 
 def _each(value: Any, base: Path, *, must_exist: bool) -> Any:

@@ -15,7 +15,7 @@ from llmray.errors import ArgumentsError
 
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
-NOTHING = ("", "null", "~", "none", "None", "Null", "NULL")
+NOTHING = ("", "~", "null", "Null", "NULL")
 KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 

@@ -1,0 +1,248 @@
+"""Each rule refuses what contradicts itself and accepts it mended."""
+
+import pytest
+
+from llmray.arguments import rules
+from llmray.arguments.run import GROUP_OF, RunArguments
+
+# rule -> (keys that break it, the changes that mend it, what the message names)
+CASES = {
+    "model_is_named": [({}, {"model_name_or_path": "m"}, "model_name_or_path")],
+    "training_needs_data": [
+        ({"do_train": True}, {"dataset": "a"}, "dataset"),
+        ({"do_train": True}, {"do_train": False}, "do_train"),
+    ],
+    "training_needs_output": [({"do_train": True}, {"output_dir": "o"}, "output_dir")],
+    "evaluation_needs_rows": [
+        ({"do_eval": True}, {"val_size": 0.1}, "val_size"),
+        ({"do_predict": True}, {"eval_dataset": "e"}, "eval_dataset"),
+        ({"predict_with_generate": True}, {"val_size": 8}, "predict_with_generate"),
+        ({"do_train": True, "eval_strategy": "steps"}, {"val_size": 8}, "eval_strategy=steps"),
+    ],
+    "sft_only": [
+        ({key: True, "stage": "pt"}, {"stage": "sft"}, f"{key}=true with stage=pt")
+        for key in ("predict_with_generate", "neat_packing", "train_on_prompt", "mask_history")
+    ],
+    "prediction_generates": [
+        ({"do_predict": True}, {"predict_with_generate": True}, "predict_with_generate"),
+        ({"do_predict": True}, {"stage": "rm"}, "do_predict"),
+    ],
+    "generated_responses_have_no_accuracy": [
+        (
+            {"predict_with_generate": True, "compute_accuracy": True},
+            {"compute_accuracy": False},
+            "compute_accuracy",
+        )
+    ],
+    "history_is_masked_or_learnt": [
+        (
+            {"mask_history": True, "train_on_prompt": True},
+            {"train_on_prompt": False},
+            "train_on_prompt",
+        )
+    ],
+    "one_source_of_evaluation_rows": [
+        ({"val_size": 0.1, "eval_dataset": "e,f"}, {"val_size": 0}, "eval_dataset=e,f")
+    ],
+    "split_needs_data": [({"val_size": 0.1}, {"dataset": "a"}, "val_size=0.1")],
+    "probabilities_interleave": [
+        ({"interleave_probs": "0.5,0.5"}, {"mix_strategy": "interleave_under"}, "mix_strategy")
+    ],
+    "one_probability_a_set": [
+        (
+            {"interleave_probs": "0.5,0.5", "dataset": "a,b,c"},
+            {"dataset": "a,b"},
+            "are 2 for 3 sets",
+        ),
+        (
+            {"interleave_probs": "0.5,0.6", "dataset": "a,b"},
+            {"interleave_probs": [0.4, 0.6]},
+            "sum to 1.1",
+        ),
+        (
+            {"interleave_probs": "-0.5,1.5", "dataset": "a,b"},
+            {"interleave_probs": "0,1"},
+            "from 0 on",
+        ),
+    ],
+    "streams_have_no_length": [
+        ({"streaming": True, "do_train": True}, {"max_steps": 10}, "max_steps"),
+        ({"streaming": True, "val_size": 0.1}, {"val_size": 10}, "val_size=0.1 is a share"),
+    ],
+    "one_precision": [
+        ({"bf16": True, "fp16": True}, {"fp16": False}, "bf16=true with fp16=true"),
+        ({"fp32": True, "fp16": True}, {"fp32": None}, "fp32"),
+        ({"pure_bf16": True, "fp16": True}, {"fp16": None, "bf16": True}, "pure_bf16"),
+    ],
+    "one_optimizer": [
+        ({"use_galore": True, "use_apollo": True}, {"use_apollo": False}, "use_galore"),
+        ({"use_badam": True, "use_muon": True}, {"use_badam": False}, "use_badam with use_muon"),
+        ({"use_adam_mini": True, "loraplus_lr_ratio": 2}, {"use_adam_mini": False}, "loraplus"),
+    ],
+    "full_gradient_optimizers": [
+        ({f"use_{name}": True, "finetuning_type": "lora"}, {"finetuning_type": "full"}, name)
+        for name in ("galore", "apollo", "badam")
+    ],
+    "galore_wraps_adam": [
+        ({"use_galore": True, "optim": "sgd"}, {"optim": "adafactor"}, "optim=sgd"),
+        ({"use_apollo": True, "optim": "adafactor"}, {"optim": "adamw_torch"}, "use_apollo"),
+    ],
+    "layerwise_updates_at_once": [
+        (
+            {key: True, "gradient_accumulation_steps": 2},
+            {"gradient_accumulation_steps": 1},
+            key,
+        )
+        for key in ("galore_layerwise", "apollo_layerwise")
+    ],
+    "lora_only": [
+        ({key: value, "finetuning_type": "full"}, {"finetuning_type": "lora"}, key)
+        for key, value in {
+            "loraplus_lr_ratio": 16,
+            "use_rslora": True,
+            "use_dora": True,
+            "pissa_init": True,
+        }.items()
+    ]
+    + [({"pissa_init": True, "finetuning_type": "oft"}, {"pissa_init": False}, "oft")],
+    "added_blocks_are_some_layers": [
+        (
+            {"use_llama_pro": True, "finetuning_type": "full"},
+            {"finetuning_type": "freeze"},
+            "finetuning_type=full",
+        ),
+        (
+            {"use_llama_pro": True, "freeze_trainable_layers": -2},
+            {"freeze_trainable_layers": 2},
+            "freeze_trainable_layers=-2",
+        ),
+    ],
+    "low_bit_weights_do_not_train": [
+        (
+            {"quantization_bit": 4, "finetuning_type": "full", "do_train": True},
+            {"finetuning_type": "lora"},
+            "quantization_bit=4",
+        )
+    ],
+    "one_low_bit_format": [({"fp8": True, "quantization_bit": 8}, {"fp8": False}, "fp8")],
+    "bits_of_the_method": [
+        ({"quantization_bit": 3}, {"quantization_method": "hqq"}, "4 or 8 bits"),
+        ({"quantization_bit": 4, "quantization_method": "eetq"}, {"quantization_bit": 8}, "eetq"),
+    ],
+    "spread_models_do_not_train": [
+        (
+            {"quantization_device_map": "auto", "do_train": True},
+            {"do_train": False},
+            "quantization_device_map",
+        )
+    ],
+    "ppo_needs_reward": [
+        ({"stage": "ppo", "do_train": True}, {"reward_model": "r"}, "reward_model"),
+        ({"stage": "ppo", "reward_model": "r"}, {"do_train": True}, "do_train"),
+    ],
+    "smoothing_of_sigmoid": [
+        ({"dpo_label_smoothing": 0.1, "pref_loss": "ipo"}, {"pref_loss": "sigmoid"}, "ipo")
+    ],
+    "one_supervised_loss": [
+        ({"use_dft_loss": True, "use_eaft_loss": True}, {"use_dft_loss": False}, "use_dft_loss")
+    ],
+    "calibration_needs_texts": [
+        (
+            {"export_quantization_bit": 4},
+            {"export_quantization_dataset": "texts.json"},
+            "export_quantization_dataset",
+        )
+    ],
+    "pixel_limits_are_in_order": [
+        ({f"{kind}_max_pixels": 64, f"{kind}_min_pixels": 65}, {f"{kind}_min_pixels": 64}, kind)
+        for kind in ("image", "video")
+    ],
+    "trackio_keys_need_trackio": [
+        ({"trackio_space_id": "s"}, {"report_to": "trackio"}, "trackio_space_id=s")
+    ],
+    "nothing_beside_none": [({"report_to": "none,wandb"}, {"report_to": "wandb"}, "none")],
+    "best_needs_evaluations": [
+        ({key: value}, {"eval_strategy": "steps"}, key)
+        for key, value in {
+            "load_best_model_at_end": True,
+            "early_stopping_steps": 3,
+            "save_strategy": "best",
+            "lr_scheduler_type": "reduce_lr_on_plateau",
+        }.items()
+    ],
+    "best_is_saved": [
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "epoch"},
+            {"save_strategy": "epoch"},
+            "save_strategy=steps and eval_strategy=epoch",
+        )
+    ],
+    "minimum_rate_is_given": [
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            {"lr_scheduler_kwargs": {"min_lr": 1e-6}},
+            "lr_scheduler_kwargs",
+        )
+    ],
+    "described_tokens_need_descriptions": [
+        (
+            {"init_special_tokens": "desc_init"},
+            {"new_special_tokens_config": "tokens.yaml"},
+            "new_special_tokens_config",
+        )
+    ],
+    "resources_are_amounts": [
+        ({"resources_per_worker": {"GPU": value}}, {"resources_per_worker": {"CPU": 0.5}}, "GPU")
+        for value in (-1, "one", True, 0)
+    ],
+}
+
+
+def arguments(flat):
+    """Arguments that are checked by no rule and no table."""
+    groups = {}
+    for key, value in flat.items():
+        groups.setdefault(GROUP_OF[key], {})[key] = value
+    return RunArguments.model_validate(groups)
+
+
+@pytest.mark.parametrize(
+    ("rule", "broken", "mended", "said"),
+    [
+        pytest.param(rule, *case, id=f"{rule.__name__}-{i}")
+        for rule in rules.RULES
+        for i, case in enumerate(CASES[rule.__name__])
+    ],
+)
+def test_rule(rule, broken, mended, said):
+    problems = list(rule(arguments(broken)))
+    assert len(problems) == 1
+    assert said in problems[0].text
+    assert set(problems[0].keys) & set(broken | mended)
+    assert problems[0].text.endswith(".")
+    assert list(rule(arguments(broken | mended))) == []
+
+
+def test_every_rule_has_a_case():
+    assert set(CASES) == {rule.__name__ for rule in rules.RULES}
+
+
+def test_a_plain_training_run_breaks_no_rule():
+    plain = {"model_name_or_path": "m", "dataset": "a", "output_dir": "o", "do_train": True}
+    assert rules.broken(arguments(plain)) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "choice"),
+    [
+        ({}, "adamw_torch"),
+        ({"optim": "sgd"}, "sgd"),
+        ({"use_galore": True}, "galore"),
+        ({"use_apollo": True}, "apollo"),
+        ({"use_badam": True}, "badam"),
+        ({"use_adam_mini": True}, "adam_mini"),
+        ({"use_muon": True}, "muon"),
+    ],
+)
+def test_optimizer_keys_fold_into_one_choice(keys, choice):
+    assert arguments(keys).optimizer.choice == choice
