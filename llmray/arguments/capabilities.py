@@ -547,7 +547,7 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
         "Keeping what was streamed is not built yet. Remove tokenized_path.",
     ),
     Combination(
-        ("save_strategy", "load_best_model_at_end"),
+        ("load_best_model_at_end", "stage"),
         lambda flat: flat["load_best_model_at_end"] and flat["stage"] in ("rm", "ppo"),
         "The best of stages rm and ppo is not built yet. Remove load_best_model_at_end.",
     ),

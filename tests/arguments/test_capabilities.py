@@ -1,0 +1,170 @@
+"""What is not built fails with a sentence; what is built does not; a list names what is left."""
+
+import pytest
+
+from llmray.arguments.capabilities import COMBINATIONS_NOT_BUILT, NOT_BUILT, NOT_SUPPORTED, gaps
+from llmray.arguments.problems import bounds, choices, plain_types
+from llmray.arguments.run import DEFAULTS, FIELDS, load
+from llmray.errors import ArgumentsError
+
+BASE = {
+    "model_name_or_path": "m",
+    "dataset": "a",
+    "output_dir": "o",
+    "do_train": True,
+}
+
+# Keys of which every value works. A key moves here when its last gap in capabilities.py is closed.
+WORKING = """
+model_name_or_path adapter_name_or_path cache_dir model_revision disable_gradient_checkpointing
+use_reentrant_gc train_from_scratch infer_dtype hf_hub_token print_param_status trust_remote_code
+template dataset eval_dataset data_shared_file_system cutoff_len train_on_prompt mask_history
+overwrite_cache preprocessing_batch_size preprocessing_num_workers max_samples val_size
+default_system
+additional_target lora_alpha lora_dropout lora_rank lora_target use_rslora create_new_adapter
+freeze_trainable_layers freeze_trainable_modules freeze_extra_modules pure_bf16 disable_shuffling
+plot_loss
+learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm warmup_ratio
+warmup_steps
+output_dir overwrite_output_dir do_train per_device_train_batch_size per_device_eval_batch_size
+gradient_accumulation_steps num_train_epochs max_steps logging_steps logging_first_step save_steps
+save_total_limit save_only_model eval_strategy eval_steps resume_from_checkpoint
+seed data_seed full_determinism bf16 fp16 fp32 ddp_timeout
+dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+dataloader_prefetch_factor dataloader_multiprocessing_context
+use_ray ray_run_name ray_storage_path ray_num_workers resources_per_worker placement_strategy
+ray_init_kwargs ray_max_failures master_addr master_port
+do_sample temperature top_p top_k num_beams max_length max_new_tokens repetition_penalty
+length_penalty skip_special_tokens
+"""
+
+# Keys of which some values work.
+PARTLY = {
+    "stage": (["pt", "sft"], ["rm", "ppo", "dpo", "kto"]),
+    "finetuning_type": (["full", "freeze", "lora"], ["oft"]),
+    "optim": (["adamw_torch", "adamw_torch_fused"], ["adafactor", "lion_8bit"]),
+    "lr_scheduler_type": (
+        ["cosine", "linear", "constant", "constant_with_warmup"],
+        ["polynomial", "inverse_sqrt"],
+    ),
+    "dataset_dir": (["data", "/x"], ["ONLINE", "REMOTE:a/b", {"a": {}}]),
+    "packing": ([False, None], [True]),
+    "flash_attn": (["auto", "disabled", "sdpa"], ["fa2", "fa3"]),
+    "do_eval": ([False], []),
+    "save_strategy": (["no", "steps", "epoch"], []),
+    "report_to": (["none", None, []], ["wandb", "all"]),
+}
+
+
+def away_from_default(key):
+    """Some value of the key that is not its default."""
+    field, default = FIELDS[key], DEFAULTS[key]
+    kinds = plain_types(field)
+    if choices(field):
+        return next(choice for choice in choices(field) if choice != default)
+    if bool in kinds:
+        return not default
+    if float in kinds:
+        limits = {"ge": 0, "lt": 2} | bounds(field)
+        low, high = limits.get("gt", limits["ge"]), limits.get("le", limits["lt"])
+        return (low + high) / 2 if (low + high) / 2 != default else (low + high) / 4
+    if int in kinds:
+        return (default or bounds(field).get("ge", 0)) + 1
+    if any("dict" in str(kind) for kind in kinds):
+        return {"a": 1}
+    return "0.5" if tuple[float, ...] in kinds else "something"
+
+
+def test_all_keys_are_accounted_for():
+    working = WORKING.split()
+    assert len(set(working)) == len(working)
+    assert set(working) | set(NOT_BUILT) | set(NOT_SUPPORTED) == set(FIELDS)
+    assert not set(working) & (set(NOT_BUILT) | set(NOT_SUPPORTED))
+    assert set(PARTLY) == {key for key, gap in NOT_BUILT.items() if gap.works}
+
+
+@pytest.mark.parametrize(
+    "key", [key for key, gap in (NOT_BUILT | NOT_SUPPORTED).items() if gap.works is None]
+)
+def test_a_key_that_does_not_work_fails_away_from_its_default(key):
+    sentence = (NOT_BUILT | NOT_SUPPORTED)[key].sentence
+    assert sentence.endswith(".")
+    value = away_from_default(key)
+    with pytest.raises(ArgumentsError) as error:
+        load(BASE | {key: value}, environ={})
+    assert key in str(error.value)
+    assert any(sentence in line for line in str(error.value).splitlines()), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, (works, _) in PARTLY.items() for value in works]
+)
+def test_what_works_of_a_key(key, value):
+    load(BASE | {key: value}, environ={})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, (_, fails) in PARTLY.items() for value in fails]
+)
+def test_what_does_not_work_of_a_key(key, value):
+    with pytest.raises(ArgumentsError) as error:
+        load(BASE | {key: value}, environ={})
+    assert NOT_BUILT[key].sentence in str(error.value)
+
+
+def test_packing_works_for_texts():
+    assert load(BASE | {"stage": "pt", "packing": True}, environ={}).data.packing is True
+
+
+def test_evaluation_works_with_training():
+    load(BASE | {"do_eval": True, "val_size": 0.1}, environ={})
+    with pytest.raises(ArgumentsError, match="Evaluation without training is not built yet"):
+        load(BASE | {"do_eval": True, "val_size": 0.1, "do_train": False}, environ={})
+
+
+def test_keys_that_lack_the_same_are_one_problem():
+    flat = DEFAULTS | {"use_galore": True, "galore_rank": 4, "use_dora": True}
+    texts = [problem.text for problem in gaps(flat, DEFAULTS)]
+    assert len(texts) == 2
+    assert any(text.startswith("use_galore=true, galore_rank=4: ") for text in texts)
+
+
+COMBINED = {
+    ("adapter_name_or_path", "finetuning_type"): {
+        "adapter_name_or_path": ("a",),
+        "finetuning_type": "full",
+    },
+    ("adapter_name_or_path", "quantization_bit"): {
+        "adapter_name_or_path": ("a", "b"),
+        "quantization_bit": 4,
+    },
+    ("create_new_adapter", "quantization_bit"): {
+        "create_new_adapter": True,
+        "adapter_name_or_path": ("a",),
+        "quantization_bit": 4,
+    },
+    ("resize_vocab", "quantization_bit"): {"resize_vocab": True, "quantization_bit": 4},
+    ("pissa_init", "quantization_bit"): {"pissa_init": True, "quantization_bit": 4},
+    ("pissa_init", "stage"): {"pissa_init": True, "stage": "kto"},
+    ("use_asft_loss", "finetuning_type"): {"use_asft_loss": True},
+    ("reward_model_type", "finetuning_type"): {"stage": "ppo", "finetuning_type": "full"},
+    ("streaming", "max_samples"): {"streaming": True, "max_samples": 8},
+    ("streaming", "tokenized_path"): {"streaming": True, "tokenized_path": "t"},
+    ("load_best_model_at_end", "stage"): {"load_best_model_at_end": True, "stage": "rm"},
+}
+
+
+@pytest.mark.parametrize(
+    "combination", COMBINATIONS_NOT_BUILT, ids=lambda item: "-".join(item.keys)
+)
+def test_combinations(combination):
+    assert not combination.holds(DEFAULTS)
+    assert combination.holds(DEFAULTS | COMBINED[combination.keys])
+    assert set(combination.keys) <= set(FIELDS)
+    assert combination.sentence.endswith(".")
+
+
+def test_an_adapter_goes_on_as_an_adapter():
+    load(BASE | {"adapter_name_or_path": "a"}, environ={})
+    with pytest.raises(ArgumentsError, match=r"adapter_name_or_path=.* with finetuning_type=full"):
+        load(BASE | {"adapter_name_or_path": "a", "finetuning_type": "full"}, environ={})
