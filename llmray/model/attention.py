@@ -38,6 +38,8 @@ def why_not_flat(model: nn.Module) -> str | None:
     A model type without a test is tried on two short sequences: in one row, and one at a time.
     """
     base = causal_lm(model)
+    if hasattr(base, "llmray_keeps_own"):
+        return str(base.llmray_keeps_own)
     reason = _by_configuration(base)
     if reason is None and base.config.model_type not in VERIFIED:
         reason = _by_trial(base)
@@ -55,6 +57,11 @@ def use_flat(model: nn.Module) -> None:
     if base.config._attn_implementation != FLAT:
         base.llmray_own_attention = base.config._attn_implementation
         base.set_attn_implementation(FLAT)
+
+
+def keep_own(model: PreTrainedModel, reason: str) -> None:
+    """Make `why_not_flat` answer `reason`: the user chose the model's attention."""
+    model.llmray_keeps_own = reason
 
 
 @contextmanager

@@ -1,0 +1,218 @@
+"""A model's name or path to a local folder: folders, hub repositories, GGUF files converted once.
+
+Imports nothing heavy until something is to be fetched or converted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import getLogger
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmray import store
+from llmray.arguments import environment
+from llmray.arguments.model import ModelArguments
+from llmray.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = getLogger("llmray")
+
+Kind = Literal["model", "adapter"]
+
+CONFIGS: dict[Kind, str] = {"model": "config.json", "adapter": "adapter_config.json"}
+KEYS: dict[Kind, str] = {"model": "model_name_or_path", "adapter": "adapter_name_or_path"}
+SAMPLE_BYTES = 1 << 16  # read at both ends and in the middle of a file to tell it from others
+UNUSED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx*", "*.h5", "*.msgpack", "original/*")
+
+
+def resolve(name: str | Path | None, model_args: ModelArguments, *, kind: Kind = "model") -> Path:
+    """The local folder of a model or adapter, fetched or converted if need be.
+
+    Args:
+        name: a folder, a .gguf file, a folder that holds one .gguf file and no config.json, or
+            the name of a hub repository.
+        model_args: revision, cache folder and token of the hub.
+        kind: what it must hold.
+
+    Raises:
+        ModelError: if there is no such thing, or the hub cannot be reached.
+    """
+    if not name:
+        raise ModelError("model_name_or_path is missing. A folder or a name on a hub is required.")
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _of_file(path)
+    if path.is_dir():
+        return _of_folder(path, kind)
+    if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+        raise ModelError(
+            f"{KEYS[kind]}={name}: there is no such folder. A folder with {CONFIGS[kind]} or a "
+            "name on a hub is required: correct the path."
+        )
+    return _of_hub(str(name), model_args, kind)
+
+
+def identity(model_dir: Path | str) -> str:
+    """A digest that tells a model from others, wherever its folder lies.
+
+    Of the configuration and of each weight file's size and samples; no whole file is read.
+    """
+    directory = Path(model_dir)
+    config = json.loads((directory / "config.json").read_text())
+    for key in ("transformers_version", "_name_or_path"):
+        config.pop(key, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    weights = [p for p in directory.iterdir() if p.suffix in (".safetensors", ".bin")]
+    for path in sorted(weights):
+        digest.update(path.name.encode() + _sample(path))
+    return digest.hexdigest()[:16]
+
+
+def _of_file(path: Path) -> Path:
+    if path.suffix != ".gguf":
+        raise ModelError(
+            f"model_name_or_path={path} is a file. A folder, a .gguf file or a name on a hub is "
+            "required: name the folder that it lies in."
+        )
+    return _converted(path)
+
+
+def _of_folder(path: Path, kind: Kind) -> Path:
+    if (path / CONFIGS[kind]).is_file():
+        return path
+    ggufs = sorted(path.glob("*.gguf")) if kind == "model" else []
+    if len(ggufs) == 1:
+        return _converted(ggufs[0])
+    if ggufs:
+        raise ModelError(
+            f"{path} holds {len(ggufs)} .gguf files. One is required: name it, such as {ggufs[0]}."
+        )
+    hint = ""
+    if kind == "model" and (path / CONFIGS["adapter"]).is_file():
+        hint = " It holds an adapter: that goes to adapter_name_or_path."
+    raise ModelError(
+        f"{KEYS[kind]}={path}: the folder has no {CONFIGS[kind]}.{hint} A folder in Hugging "
+        "Face's format is required: complete it, or name another."
+    )
+
+
+def _of_hub(name: str, model_args: ModelArguments, kind: Kind) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+
+    token = model_args.hf_hub_token
+    settings: dict[str, Any] = {
+        "revision": model_args.model_revision if kind == "model" else None,
+        "cache_dir": model_args.cache_dir,
+        "token": token.get_secret_value() if token is not None else None,
+    }
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not are_progress_bars_disabled():
+        disable_progress_bars()
+    try:
+        path = Path(snapshot_download(name, ignore_patterns=list(UNUSED), **settings))
+        if kind == "model" and not any(path.glob("*.safetensors")):
+            path = Path(snapshot_download(name, ignore_patterns=list(UNUSED[1:]), **settings))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"{KEYS[kind]}={name}: there is no such folder here, and the hub gave none: "
+            f"{first_line}. A folder or the name of a repository that this machine can fetch is "
+            "required: correct it, log in (HF_TOKEN), or fetch it where there is a network."
+        ) from error
+    return _of_folder(path, kind)
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder in the cache with a GGUF file's model in safetensors, made at the first call."""
+    key = hashlib.sha256(_sample(gguf) + str(gguf.stat().st_mtime_ns).encode()).hexdigest()[:16]
+    root = environment.cache_directory(os.environ) / "models"
+    target = root / f"{gguf.stem}-{key}"
+    if store.is_committed(target):
+        return target
+    with _locked(root / f"{target.name}.lock"):
+        if not store.is_committed(target):  # else another process made it meanwhile
+            store.sweep(root)
+            log.info("converting %s once into %s (about a minute)", gguf, target)
+            with store.staging(target) as directory:
+                _convert(gguf, directory)
+                store.commit(directory, target, {"source": str(gguf)})
+    return target
+
+
+def _convert(gguf: Path, directory: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        _check_tokens(gguf, tokenizer)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        if isinstance(error, ModelError | store.StoreError):
+            raise
+        first_line = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"{gguf} cannot be converted: {first_line}. A whole GGUF file of an architecture that "
+            "transformers reads is required; use the model's safetensors instead."
+        ) from error
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+
+
+def _check_tokens(gguf: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make eos and pad those of the file's own metadata; transformers 5.6 read them wrong."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf).fields
+    for name, key in (("eos", "eos_token_id"), ("pad", "padding_token_id")):
+        field = fields.get(f"tokenizer.ggml.{key}")
+        if field is None:
+            continue
+        expected = int(field.contents())
+        if getattr(tokenizer, f"{name}_token_id") != expected:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(expected))
+        found = getattr(tokenizer, f"{name}_token_id")
+        if found != expected:
+            raise ModelError(
+                f"{gguf}: its metadata gives token {expected} as {key}, its tokenizer {found}. "
+                "They must agree; use the model's safetensors instead."
+            )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Inside, this process alone of all that use the same file."""
+    with store.explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sample(path: Path) -> bytes:
+    """A digest of a file's size, beginning, middle and end."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for start in (0, size // 2, max(0, size - SAMPLE_BYTES)):
+            file.seek(start)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.digest()

@@ -1,0 +1,143 @@
+"""A model from a local folder: number format, attention, device, gradient checkpointing.
+
+Where the folder comes from is `hub`'s business; which parameters train is `tuning`'s.
+"""
+
+from __future__ import annotations
+
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from llmray.arguments.model import ModelArguments
+from llmray.errors import ModelError
+from llmray.model.attention import keep_own
+from llmray.model.quiet import quiet
+
+log = getLogger("llmray")
+
+# flash_attn -> transformers' name; None is the model's own choice
+ATTENTION: dict[str, str | None] = {"auto": None, "sdpa": "sdpa", "disabled": "eager"}
+
+
+def load_config(model_dir: Path | str, model_args: ModelArguments) -> PretrainedConfig:
+    """The configuration of the model in a folder; no weights are read.
+
+    Raises:
+        ModelError: if there is none, or it is not one that transformers knows.
+    """
+    _require_config(Path(model_dir))
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(
+                model_dir, trust_remote_code=model_args.trust_remote_code
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(Path(model_dir), error) from error
+
+
+def load_model(
+    model_dir: Path | str,
+    model_args: ModelArguments,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    gradient_checkpointing: bool,
+) -> PreTrainedModel:
+    """The causal language model of a folder, in eval mode.
+
+    Args:
+        model_dir: from `hub.resolve`.
+        model_args: which attention, whether from scratch, whether code may run.
+        dtype: of all weights.
+        device: where they go.
+        gradient_checkpointing: recompute activations in the backward pass.
+
+    Raises:
+        ModelError: if a file is missing or damaged, or the architecture cannot do what is asked.
+    """
+    directory = Path(model_dir)
+    config = load_config(directory, model_args)
+    if model_args.trust_remote_code:
+        log.warning("trust_remote_code: Python code in %s may run", directory)
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": ATTENTION[model_args.flash_attn],
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+    try:
+        with quiet():
+            if model_args.train_from_scratch:
+                model = AutoModelForCausalLM.from_config(config, **settings)
+            else:
+                model = _from_files(directory, config, device, settings)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise _unreadable(directory, error) from error
+    model = model.to(device).eval()
+    # what adapters and model cards name as their base: not the place of a cache
+    model.name_or_path = model_args.model_name_or_path or str(directory)
+    model.config._name_or_path = model.name_or_path
+    if model_args.flash_attn == "disabled":
+        keep_own(model, "flash_attn: disabled asks for plain attention")
+    if gradient_checkpointing:
+        _checkpoint_activations(model, is_reentrant=bool(model_args.use_reentrant_gc))
+    return model
+
+
+def _from_files(
+    directory: Path, config: PretrainedConfig, device: torch.device, settings: dict[str, Any]
+) -> PreTrainedModel:
+    if device.type == "cuda":  # straight to the device, shard by shard
+        settings = {**settings, "device_map": {"": device}}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, output_loading_info=True, local_files_only=True, **settings
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{directory} lacks {len(missing)} of the model's weights, first {missing[0]}. Whole "
+            "weights are required: complete the folder, or set train_from_scratch: true."
+        )
+    return model
+
+
+def _checkpoint_activations(model: PreTrainedModel, *, is_reentrant: bool) -> None:
+    try:
+        model.activation_checkpointing_enable({"use_reentrant": is_reentrant})
+    except ValueError as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot recompute activations ({error}). Set "
+            "disable_gradient_checkpointing: true."
+        ) from error
+
+
+def _require_config(directory: Path) -> None:
+    if not directory.is_dir():
+        raise ModelError(
+            f"{directory} is no folder. A folder with config.json and weights is required: "
+            "correct model_name_or_path."
+        )
+    if not (directory / "config.json").is_file():
+        raise ModelError(
+            f"{directory} has no config.json. A folder in Hugging Face's format is required: "
+            "complete it, or correct model_name_or_path."
+        )
+
+
+def _unreadable(directory: Path, error: Exception) -> ModelError:
+    if isinstance(error, ModelError):
+        return error
+    first_line = str(error).strip().split("\n")[0]
+    if isinstance(error, SafetensorError):
+        return ModelError(
+            f"a weight file in {directory} is damaged ({first_line}). Whole safetensors files are "
+            "required: fetch the model again."
+        )
+    return ModelError(
+        f"{directory} cannot be loaded: {first_line}. A causal language model that transformers "
+        "knows is required: check the folder, flash_attn and trust_remote_code."
+    )

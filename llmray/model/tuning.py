@@ -1,0 +1,153 @@
+"""Which parameters train: all (full), some layers (freeze), or an adapter beside them (lora).
+
+`apply` also loads and merges adapters, and gives trainable parameters their number format. The
+libraries of adapters are imported only where one is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from logging import getLogger
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmray.arguments.run import RunArguments
+from llmray.errors import ArgumentsError
+from llmray.model import adapters
+from llmray.model.layers import decoder_layers, nearest
+
+log = getLogger("llmray")
+
+
+def apply(
+    model: PreTrainedModel, arguments: RunArguments, *, is_trainable: bool, upcast: bool
+) -> nn.Module:
+    """`model` ready to train as `finetuning_type` says, or to answer.
+
+    Args:
+        model: freshly loaded.
+        arguments: of the run.
+        is_trainable: False merges every adapter into the model, of which nothing trains.
+        upcast: keep what trains in float32, whatever the dtype of the rest.
+
+    Raises:
+        ArgumentsError: if a key names a module that the model does not have.
+        ModelError: if an adapter is missing, damaged or made for another model.
+    """
+    model.requires_grad_(False)
+    names = arguments.model.adapter_name_or_path
+    if not is_trainable:
+        return adapters.merge(model, names, arguments.model)
+    tuned = TUNING[arguments.finetuning.finetuning_type](model, arguments)
+    found = trainable(tuned)
+    if not found:
+        raise ArgumentsError(
+            "nothing trains: freeze_trainable_layers is 0 and freeze_extra_modules names nothing. "
+            "At least one parameter is required: set one of the two."
+        )
+    if upcast:
+        for parameter in found.values():
+            parameter.data = parameter.data.float()
+    _report(tuned, found, is_detailed=arguments.model.print_param_status)
+    return tuned
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _full(model: PreTrainedModel, arguments: RunArguments) -> nn.Module:
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    return model
+
+
+def _freeze(model: PreTrainedModel, arguments: RunArguments) -> nn.Module:
+    settings = arguments.finetuning
+    prefix, layers = decoder_layers(model)
+    number = settings.freeze_trainable_layers
+    if abs(number) > len(layers):
+        raise ArgumentsError(
+            f"freeze_trainable_layers={number}, but the model has {len(layers)} layers. At most "
+            "as many are required; finetuning_type: full trains all."
+        )
+    chosen = list(layers)[-number:] if number > 0 else list(layers)[:-number]
+    names = settings.freeze_trainable_modules
+    known = {name for layer in layers for name, _ in layer.named_children()}
+    if "all" in names:
+        names = tuple(sorted(known))
+    _require_known("freeze_trainable_modules", names, {*known, "all"})
+    for layer in chosen:
+        for name, module in layer.named_children():
+            if name in names:
+                module.requires_grad_(True)
+        if "all" in settings.freeze_trainable_modules:
+            layer.requires_grad_(True)  # parameters of the layer itself as well
+    outside = _modules_outside(model, prefix)
+    _require_known("freeze_extra_modules", settings.freeze_extra_modules, set(outside))
+    for name in settings.freeze_extra_modules:
+        for module in outside[name]:
+            module.requires_grad_(True)
+    return model
+
+
+def _lora(model: PreTrainedModel, arguments: RunArguments) -> nn.Module:
+    names, finetuning = arguments.model.adapter_name_or_path, arguments.finetuning
+    if names and not finetuning.create_new_adapter:
+        base = adapters.merge(model, names[:-1], arguments.model)
+        return adapters.resume(base, names[-1], arguments)
+    return adapters.create(adapters.merge(model, names, arguments.model), arguments)
+
+
+TUNING: dict[str, Callable[[PreTrainedModel, RunArguments], nn.Module]] = {
+    "full": _full,
+    "freeze": _freeze,
+    "lora": _lora,
+}
+
+
+def _modules_outside(model: PreTrainedModel, prefix: str) -> dict[str, list[nn.Module]]:
+    """Modules with parameters of their own outside the layers, by the last part of their name."""
+    found: dict[str, list[nn.Module]] = {}
+    for name, module in model.named_modules():
+        is_inside = name == prefix or name.startswith(f"{prefix}.")
+        if not is_inside and next(module.parameters(recurse=False), None) is not None:
+            found.setdefault(name.rpartition(".")[2], []).append(module)
+    return found
+
+
+def _require_known(key: str, names: tuple[str, ...], known: set[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ArgumentsError(
+                f"{key}={name}: the model has no such module.{nearest(name, known)} Name some of "
+                f"{', '.join(sorted(known))}."
+            )
+
+
+def _report(model: nn.Module, found: dict[str, nn.Parameter], *, is_detailed: bool) -> None:
+    if is_detailed:
+        for name, p in model.named_parameters():
+            state = "trains" if p.requires_grad else "frozen"
+            log.info("%s %s %s %s %s", name, tuple(p.shape), _name(p.dtype), p.device, state)
+    count = sum(p.numel() for p in found.values())
+    total = sum(p.numel() for p in model.parameters())
+    kinds = ", ".join(sorted({_name(p.dtype) for p in found.values()}))
+    frozen = sorted({_name(p.dtype) for p in model.parameters() if not p.requires_grad})
+    rest = f"; the rest is {', '.join(frozen)}" if frozen else ""
+    log.info(
+        "%s of %s parameters train (%.2f %%), in %s%s",
+        f"{count:,}",
+        f"{total:,}",
+        100 * count / total,
+        kinds,
+        rest,
+    )
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
