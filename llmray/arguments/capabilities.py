@@ -42,7 +42,7 @@ _REMOVE = "Remove it, or set it to its default."
 # Later work removes these rows.
 NOT_BUILT: dict[str, Gap] = {
     # stages and methods
-    "stage": Gap("Of the stages only pt and sft are built yet.", only("pt", "sft")),
+    "stage": Gap("Of the stages only pt and sft are built yet. Use one of these.", only("pt", "sft")),
     "finetuning_type": Gap(
         "Orthogonal fine-tuning is not built yet. Use lora, freeze or full.",
         only("full", "freeze", "lora"),
@@ -330,9 +330,9 @@ NOT_BUILT: dict[str, Gap] = {
         "ddp_static_graph",
     ),
     "deepspeed": Gap("DeepSpeed is not built in yet. Remove the key."),
+    "fsdp": Gap("Sharding by FSDP is not built in yet. Remove the key.", only("", False)),
     **_family(
         "Sharding over workers is not built yet. Remove the key.",
-        "fsdp",
         "fsdp_config",
         "parallelism_config",
     ),
@@ -520,6 +520,15 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
         ),
         "PiSSA where the reference is the model without its adapter is not built yet. Remove "
         "pissa_init.",
+    ),
+    Combination(
+        ("use_dora", "quantization_method"),
+        lambda flat: (
+            flat["use_dora"]
+            and flat["quantization_bit"] is not None
+            and flat["quantization_method"] != "bnb"
+        ),
+        "DoRA of weights of that library is not built yet. Use quantization_method: bnb.",
     ),
     Combination(
         ("use_asft_loss", "finetuning_type"),

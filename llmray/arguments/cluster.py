@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from llmray.arguments.group import Field, Group, Int, Object
+from llmray.arguments.group import Field, Group, Int, Object, PathPart
 
 RAY_KEYS = (
     "ray_run_name",
@@ -23,10 +23,9 @@ class ClusterArguments(Group):
         description="Train in workers that Ray starts. Not given: when USE_RAY is set or one of "
         f"{', '.join(RAY_KEYS)} is.",
     )
-    ray_run_name: str | None = Field(
+    ray_run_name: PathPart | None = Field(
         None,
         min_length=1,
-        pattern=r"^[^/]+$",
         description="Name of the run; its checkpoints lie in <ray_storage_path>/<ray_run_name>. "
         "Not given: the last part of output_dir.",
     )

@@ -7,10 +7,9 @@ read from text, and lists of names also from one text with commas.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Group(BaseModel):
@@ -90,14 +89,20 @@ def as_path_or_flag(value: Any) -> Any:
     return words.get(value.lower(), value) if isinstance(value, str) else value
 
 
+def as_part(value: str) -> str:
+    """One part of a path.
+
+    Raises:
+        ValueError: if the value has several parts, or stands for a folder above.
+    """
+    if "/" in value or value in (".", ".."):
+        raise ValueError("it is one part of a path")
+    return value
+
+
 def as_interval(value: Any) -> Any:
     """`no`, which YAML reads as false, as the word that was meant."""
     return "no" if value is False else value
-
-
-def is_object(value: Any) -> bool:
-    """Whether `value` is a mapping, as a JSON object is."""
-    return isinstance(value, Mapping)
 
 
 Int = Annotated[int, BeforeValidator(as_number)]
@@ -107,6 +112,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(as_numbers)]
 Object = Annotated[dict[str, Any], BeforeValidator(as_object)]
 TextOrObject = Annotated[str | dict[str, Any], BeforeValidator(as_object)]
+PathPart = Annotated[str, AfterValidator(as_part)]
 PathOrFlag = Annotated[bool | str, BeforeValidator(as_path_or_flag)]
 
 __all__ = [
@@ -118,6 +124,7 @@ __all__ = [
     "Numbers",
     "Object",
     "PathOrFlag",
+    "PathPart",
     "Share",
     "TextOrObject",
     "as_interval",

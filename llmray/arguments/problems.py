@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
@@ -114,6 +114,8 @@ def requirement(field: FieldInfo) -> str:
     if choices(field):
         return "one of " + ", ".join(shown(choice) for choice in choices(field))
     kind = KINDS[plain_types(field)]
+    if any(isinstance(item, MinLen) for item in field.metadata):
+        kind = f"{kind}, not empty"
     words = [
         f"{words} {bounds(field)[name]:g}"
         for name, words in BOUNDS.values()

@@ -10,13 +10,14 @@ from typing import Any
 
 import yaml
 
-from llmray.arguments.problems import Problem
+from llmray.arguments.problems import Problem, given
 from llmray.errors import ArgumentsError
 
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
 NOTHING = ("", "~", "null", "Null", "NULL")
 KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+REFERENCE = re.compile(r"\$\{[A-Za-z_.]+(?::[^}]*)?\}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -54,7 +55,7 @@ def read(source: str | Path | Mapping[str, Any] | None) -> tuple[dict[str, Any],
     if source is None:
         return {}, []
     if isinstance(source, Mapping):
-        return dict(source), []
+        return {str(key): value for key, value in source.items()}, []
     path = Path(source)
     text = _text(path)
     twice: list[str] = []
@@ -99,6 +100,19 @@ def read_words(
     return found, problems
 
 
+def references(flat: Mapping[str, Any]) -> list[Problem]:
+    """The problems of values that refer to others as OmegaConf does: nothing expands them."""
+    return [
+        Problem(
+            (key,),
+            f"{given(key, value)}: {found[0]} is not expanded in run files. Write the value, or "
+            f"{key}=… on the command line, where the shell expands it.",
+        )
+        for key, value in flat.items()
+        if isinstance(value, str) and (found := REFERENCE.search(value))
+    ]
+
+
 def value_of(text: str) -> Any:
     """The value that a word on the command line stands for, read as YAML would read a scalar."""
     if text.strip() in NOTHING:
@@ -132,7 +146,7 @@ def _option(
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ArgumentsError(
             f"There is no run file {path}. Name a YAML or JSON file that exists."

@@ -148,7 +148,11 @@ def load(
         flat["use_ray"] = environment.use_ray(environ)
     if environment.allow_extra_args(environ):
         flat = _without_unknown(flat)
-    return _build(flat, [*problems, *renamed, *misread, *renamed_words], name)
+    problems += [*renamed, *misread, *renamed_words, *reading.references(flat)]
+    arguments = _build(flat, problems, name)
+    for remark in rules.remarks(arguments):
+        log.warning(remark)
+    return arguments
 
 
 def _build(flat: Mapping[str, Any], problems: Sequence[Problem], source: str) -> RunArguments:

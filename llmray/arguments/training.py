@@ -150,10 +150,10 @@ class PrecisionArguments(Group):
     """Number formats and reproducibility."""
 
     seed: Int = Field(
-        42, ge=0, description="Seed of weights, dropout, order and split of the data."
+        42, ge=0, le=2**32 - 1, description="Seed of weights, dropout, order and split of the data."
     )
     data_seed: Int | None = Field(
-        None, ge=0, description="Seed of the order of the data. Not given: seed."
+        None, ge=0, le=2**32 - 1, description="Seed of the order of the data. Not given: seed."
     )
     full_determinism: bool = Field(
         False, description="Use deterministic kernels only, which may be slower."

@@ -97,7 +97,9 @@ def test_forms_of_values(key, text, value):
         ("pref_loss", "foo", "one of sigmoid, hinge, ipo, kto_pair, orpo, simpo"),
         ("quantization_method", "gptq", "A checkpoint in that format is recognised by itself"),
         ("master_port", 70000, "at most 65535"),
-        ("ray_run_name", "a/b", "text"),
+        ("ray_run_name", "a/b", "it is one part of a path"),
+        ("ray_run_name", "..", "it is one part of a path"),
+        ("output_dir", "", "text, not empty"),
     ],
 )
 def test_wrong_values_name_key_value_and_what_is_required(key, value, required):
@@ -136,6 +138,17 @@ def test_unknown_keys_are_left_out_on_request(caplog):
     arguments = load(TRAINING | {"lora_rnk": 8}, environ={"ALLOW_EXTRA_ARGS": "1"})
     assert arguments == load(TRAINING, environ={})
     assert "lora_rnk" in caplog.text
+
+
+def test_references_are_not_expanded_and_said_so():
+    text = problems(TRAINING | {"output_dir": "${oc.env:HOME}/out"})
+    assert "${oc.env:HOME} is not expanded" in text
+    assert run(default_system="It costs $5 {sic}").data.default_system
+
+
+def test_a_ratio_beside_warmup_steps_is_remarked(caplog):
+    run(warmup_steps=10, warmup_ratio=0.1)
+    assert "warmup_steps=10 goes before warmup_ratio=0.1" in caplog.text
 
 
 def test_words_go_before_the_file_and_the_file_before_the_default(tmp_path):

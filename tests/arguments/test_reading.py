@@ -85,6 +85,11 @@ def test_files_that_cannot_be_read(tmp_path):
         reading.read(tmp_path / "bytes.yaml")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+    assert read(tmp_path, "\ufeffa: 1\n") == ({"a": 1}, [])
+    assert read(tmp_path, '\ufeff{"a": 1}', "run.json") == ({"a": 1}, [])
+
+
 def test_an_empty_file_gives_nothing(tmp_path):
     assert read(tmp_path, "# only a comment\n") == ({}, [])
 

@@ -63,6 +63,28 @@ def test_the_schema_says_types_limits_and_choices():
     assert properties["use_cache"]["deprecated"] is True
 
 
+def test_the_schema_takes_run_files_and_refuses_mistakes():
+    from jsonschema import Draft202012Validator
+
+    schema = json.loads(reference.json_schema())
+    Draft202012Validator.check_schema(schema)
+    validator = Draft202012Validator(schema)
+    assert validator.is_valid(
+        {
+            "model_name_or_path": "m",
+            "dataset": "a,b",
+            "lora_target": ["q_proj"],
+            "learning_rate": 1e-4,
+            "bf16": None,
+            "resume_from_checkpoint": True,
+            "resources_per_worker": {"GPU": 1},
+            "placement_strategy": None,
+        }
+    )
+    for mistake in ({"lora_rnk": 8}, {"lora_rank": 0}, {"stage": "xyz"}, {"plot_loss": 3}):
+        assert not validator.is_valid(mistake)
+
+
 def test_arguments_import_no_library_of_machine_learning():
     heavy = ("torch", "transformers", "peft", "datasets", "accelerate", "ray", "numpy", "pyarrow")
     code = (

@@ -177,6 +177,26 @@ CASES = {
             "save_strategy=steps and eval_strategy=epoch",
         )
     ],
+    "best_is_saved_when_evaluated": [
+        (
+            {
+                "load_best_model_at_end": True,
+                "eval_strategy": "steps",
+                "eval_steps": 200,
+                "save_steps": 500,
+            },
+            {"save_steps": 600},
+            "save_steps=500 and eval_steps=200",
+        ),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_steps": 250},
+            {"logging_steps": 50},
+            "eval_steps=500",
+        ),
+    ],
+    "neat_packing_packs": [
+        ({"neat_packing": True, "packing": False}, {"packing": None}, "packing=false")
+    ],
     "minimum_rate_is_given": [
         (
             {"lr_scheduler_type": "cosine_with_min_lr"},
