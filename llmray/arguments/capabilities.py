@@ -42,7 +42,9 @@ _REMOVE = "Remove it, or set it to its default."
 # Later work removes these rows.
 NOT_BUILT: dict[str, Gap] = {
     # stages and methods
-    "stage": Gap("Of the stages only pt and sft are built yet. Use one of these.", only("pt", "sft")),
+    "stage": Gap(
+        "Of the stages only pt and sft are built yet. Use one of these.", only("pt", "sft")
+    ),
     "finetuning_type": Gap(
         "Orthogonal fine-tuning is not built yet. Use lora, freeze or full.",
         only("full", "freeze", "lora"),
