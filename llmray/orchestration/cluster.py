@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import llmray
 from llmray import store
+from llmray.arguments import environment
 from llmray.arguments.cluster import ClusterArguments
 from llmray.errors import ClusterError, LlmrayError
 from llmray.orchestration.plan import Inventory, Node
@@ -58,7 +59,7 @@ SECRET_NAME = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)S
 SECRET_VALUE = re.compile(r"://[^/@]+:[^/@]+@")  # a user and a password in an address
 
 
-def connect(arguments: ClusterArguments, *, debug: bool) -> str:
+def connect(arguments: ClusterArguments) -> str:
     """Join the cluster that the arguments or the environment name, else start one here.
 
     Returns: the address that was joined, or "local".
@@ -66,6 +67,7 @@ def connect(arguments: ClusterArguments, *, debug: bool) -> str:
     Raises:
         ClusterError: there is no cluster at that address, or it cannot be joined.
     """
+    debug = environment.debug(os.environ)
     wanted = dict(arguments.ray_init_kwargs or {})
     address = wanted.pop("address", None) or os.environ.get("RAY_ADDRESS")
     if address and "://" in address:
@@ -129,17 +131,17 @@ def on_nodes(
         ClusterError: a node could not run it.
     """
     task = ray.remote(function)
-    refs = {
-        node: task.options(
+    refs = [
+        task.options(
             num_cpus=num_cpus,
             max_retries=1,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False),
             runtime_env={"env_vars": dict(env_vars or {})},
         ).remote(*args)
         for node in nodes
-    }
+    ]
     results = {}
-    for node, ref in refs.items():
+    for node, ref in zip(nodes, refs, strict=True):
         try:
             results[node.node_id] = ray.get(ref, timeout=timeout_s)
         except RayTaskError as error:
@@ -157,7 +159,7 @@ def check_versions(nodes: Sequence[Node]) -> None:
     Raises:
         ClusterError: names every node that differs, and both versions.
     """
-    if os.environ.get("DISABLE_VERSION_CHECK", "").lower() in ("1", "true", "y", "yes"):
+    if environment.version_check_disabled(os.environ):
         log.warning("DISABLE_VERSION_CHECK is set: versions on the nodes are not compared")
         return
     here = versions()
@@ -225,8 +227,8 @@ def check_exists(nodes: Sequence[Node], path: str, key: str) -> None:
 
 def split_environment(environ: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """The variables that workers get: those for their runtime environment, and the secrets."""
-    added = environ.get("LLMRAY_PASS_ENV", "").replace(",", " ").split()
-    open_vars, secrets = {}, {}
+    added = environment.passed_on(environ)
+    open_vars, secrets = {}, environment.secrets(environ)
     for name, value in environ.items():
         is_named = name in PASSED_NAMES or name in added or name.lower() in PASSED_PROXIES
         if not (is_named or name.startswith(PASSED_PREFIXES)):

@@ -39,7 +39,7 @@ class FailureRule(UserCallback):  # type: ignore[misc]
         """Called by Ray Train when ranks have failed, before it decides on a retry."""
         self.count += 1
         if not self.worth_retrying(worker_exceptions):
-            raise next(iter(worker_exceptions.values()))
+            raise min(worker_exceptions.values(), key=_severity)
         left = self.max_failures - self.count
         if self.max_failures >= 0 and left < 0:
             return  # Ray Train ends the run, and the driver says why
@@ -61,6 +61,10 @@ class FailureRule(UserCallback):  # type: ignore[misc]
         is_new = not self.seen & kinds
         self.seen |= kinds
         return is_new
+
+
+def _severity(error: Exception) -> int:
+    return 0 if isinstance(error, LlmrayError) else 2 if is_lost(error) else 1
 
 
 def is_dead(error: Exception) -> bool:

@@ -25,6 +25,7 @@ from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from llmray import store
+from llmray.arguments import environment
 from llmray.errors import ArgumentsError, ClusterError
 from llmray.orchestration import board as boards
 from llmray.orchestration import cluster, prepare_job, worker
@@ -61,14 +62,13 @@ def train(arguments: RunArguments, *, core: Callable[..., Any] | None = None) ->
     Raises:
         LlmrayError: with one message for the user.
     """
-    debug = os.environ.get("LLMRAY_DEBUG", "").lower() in ("1", "true", "y", "yes")
     run_dir = run_directory(arguments)
-    is_ours = cluster.connect(arguments.cluster, debug=debug) == "local"
+    is_ours = cluster.connect(arguments.cluster) == "local"
     if is_ours:
         os.environ.setdefault(PREEMPTION_ENV, "0")
     try:
         with StopSignals() as signals:
-            return _Driver(arguments, run_dir, signals, core, debug, is_ours).train()
+            return _Driver(arguments, run_dir, signals, core, is_ours).train()
     except Stopped as stop:
         log.info("stopped by %s", stop.reason)
         return EXIT_CODES[stop.reason]
@@ -146,7 +146,6 @@ class _Driver:
     run_dir: str
     signals: StopSignals
     core: Callable[..., Any] | None
-    debug: bool
     is_ours: bool  # the cluster was started by this process, whose environment it has
     observer: Observer = field(default_factory=Console)
 
@@ -217,6 +216,7 @@ class _Driver:
         os.environ.setdefault(HEALTH_CHECK_ENV, str(HEALTH_CHECK_S))
         storage, _, name = self.run_dir.rpartition("/")
         failures = self.arguments.cluster.ray_max_failures
+        level = "INFO" if environment.debug(os.environ) else "CRITICAL"
         kind = "cuda" if placement.uses_gpu and not _shares_a_gpu(placement) else "cpu"
         return _Trainer(
             worker.train_loop,
@@ -241,7 +241,7 @@ class _Driver:
                 ),
                 callbacks=[FailureRule(board, failures)],
                 worker_runtime_env={"env_vars": env_vars},
-                logging_config=LoggingConfig("INFO" if self.debug else "CRITICAL"),
+                logging_config=LoggingConfig(level),
             ),
         )
 

@@ -45,6 +45,8 @@ def train_loop(config: dict[str, Any]) -> None:
         attempt: int = world.broadcast(
             ray.get(board.begin_attempt.remote()) if world.is_main else 0
         )
+        where = world.gather((ray.util.get_node_ip_address(), os.getpid()))
+        log.info("attempt %d: %s", attempt, describe_ranks(where))
         arguments = _of_attempt(job.arguments, job.run_dir, attempt)
         context = run.Context(
             world=world,
@@ -64,6 +66,14 @@ def train_loop(config: dict[str, Any]) -> None:
     finally:
         if relay is not None:
             relay.close()
+
+
+def describe_ranks(where: list[tuple[str, int]]) -> str:
+    """Which rank is which process on which node, for a line of the log."""
+    nodes: dict[str, list[str]] = {}
+    for rank, (address, pid) in enumerate(where):
+        nodes.setdefault(address, []).append(f"rank {rank} (pid {pid})")
+    return "; ".join(f"{', '.join(ranks)} on {address}" for address, ranks in nodes.items())
 
 
 def _world(job: Job) -> World:

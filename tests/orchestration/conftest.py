@@ -1,0 +1,228 @@
+"""One Ray cluster a session, and runs of `llmray train` on it in processes of their own.
+
+The cluster has three nodes on this machine with two cores each. It asks for a token, as one that
+`ray.init` starts does; the token lies in a home directory of its own, so nothing of the machine's
+is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+OTHER_NODES = ("127.0.0.2", "127.0.0.3")
+CORES_OF_A_NODE = 2
+
+
+@pytest.fixture(scope="session")
+def ray_home(tmp_path_factory):
+    """A home directory with a token, and an environment fit to start Ray from."""
+    home = tmp_path_factory.mktemp("home")
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text(os.urandom(32).hex())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        # the dashboard's agents would compile their modules at every start
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "USE_RAY"):
+            patch.delenv(name, raising=False)
+        patch.setenv("LLMRAY_CACHE", str(home / "cache"))
+        yield home
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(ray_home):
+    """Address and session directory of the session's cluster, started in its own process."""
+    starter = Path(__file__).with_name("start_cluster.py")
+    with subprocess.Popen(
+        [sys.executable, str(starter), str(CORES_OF_A_NODE), *OTHER_NODES],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "RAY_AUTH_MODE": "token"},
+        text=True,
+    ) as process:
+        words = process.stdout.readline().split()
+        assert words, "the cluster did not start"
+        yield words
+        process.stdin.close()
+        process.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def ray_address(ray_cluster):
+    """The address of the session's cluster."""
+    return ray_cluster[0]
+
+
+class Run:
+    """A driver at work: its lines as they come, its workers, its files."""
+
+    def __init__(self, words, environ, keys):
+        self.keys = keys
+        self.output_dir = Path(keys["output_dir"])
+        self.run_dir = Path(keys["ray_storage_path"], self.output_dir.name)
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            words,
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+    @property
+    def text(self):
+        return "\n".join(self.lines)
+
+    def wait_for(self, pattern, timeout=120.0):
+        """The first match of `pattern` in the output."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            match = re.search(pattern, self.text)
+            if match:
+                return match
+            assert self.process.poll() is None, f"ended early:\n{self.text}"
+            time.sleep(0.01)
+        raise AssertionError(f"{pattern!r} did not come in {timeout} s:\n{self.text}")
+
+    def finish(self, timeout=150.0):
+        """The exit code."""
+        try:
+            code = self.process.wait(timeout=timeout)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+        self._reader.join(timeout=10)
+        return code
+
+    def pids(self, attempt=1):
+        """Process numbers of the workers of an attempt, by rank."""
+        line = self.wait_for(rf"attempt {attempt}: (.*)").group(1)
+        return {int(rank): int(pid) for rank, pid in re.findall(r"rank (\d+) \(pid (\d+)\)", line)}
+
+    def nodes(self, attempt=1):
+        """Addresses of the nodes of an attempt."""
+        return re.findall(r" on (\S+?)(?:;|$)", self.wait_for(rf"attempt {attempt}: (.*)").group(1))
+
+    def log(self):
+        """The records of trainer_log.jsonl in output_dir."""
+        path = self.output_dir / "trainer_log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def weights(self):
+        """The bytes of the final weights."""
+        return (self.output_dir / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def run_keys(tmp_path_factory):
+    """A run file's keys: a small random llama, all of it trained for 12 updates, 2 workers."""
+    from tiny import make_model, make_tokenizer
+
+    home = tmp_path_factory.mktemp("runs")
+    make_tokenizer(home / "model")
+    make_model(home / "model", hidden_size=128, intermediate_size=512, num_hidden_layers=4)
+    rows = [
+        {
+            "instruction": f"Say the number {i} and the next {i % 5}.",
+            "input": "",
+            "output": "w " * i,
+        }
+        for i in range(1, 65)
+    ]
+    (home / "rows.json").write_text(json.dumps(rows))
+    (home / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
+    return {
+        "model_name_or_path": str(home / "model"),
+        "dataset": "rows",
+        "dataset_dir": str(home),
+        "template": "chatml",
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "full",
+        "cutoff_len": 128,
+        "per_device_train_batch_size": 2,
+        "max_steps": 12,
+        "save_steps": 4,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "seed": 7,
+        "report_to": "none",
+        "ray_num_workers": 2,
+        "resources_per_worker": {"CPU": 1},
+        "ray_storage_path": str(home / "saves"),
+    }
+
+
+@pytest.fixture(scope="session")
+def launch(ray_home, run_keys, tmp_path_factory):
+    """Starts `llmray train` with these keys; `name` is the last part of output_dir."""
+    started: list[Run] = []
+
+    def start(name, *, address, environ=None, **keys):
+        home = tmp_path_factory.mktemp("launch")
+        merged = {**run_keys, "output_dir": str(home.parent / "out" / name), **keys}
+        file = home / "run.yaml"
+        file.write_text(yaml.safe_dump(merged))
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})}
+        if address:
+            variables["RAY_ADDRESS"] = address
+        words = [sys.executable, "-m", "llmray", "train", str(file)]
+        started.append(Run(words, variables, merged))
+        return started[-1]
+
+    yield start
+    for run in started:
+        if run.process.poll() is None:
+            os.killpg(run.process.pid, signal.SIGKILL)
+
+
+def gone(pids, timeout=30.0):
+    """Whether these processes end in time."""
+    deadline = time.monotonic() + timeout
+    while any(_lives(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _lives(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture(name="gone")
+def gone_fixture():
+    """The function `gone`."""
+    return gone
+
+
+@pytest.fixture(scope="session")
+def undisturbed(launch, ray_cluster):
+    """A finished run of `run_keys` that nothing disturbed, with a canary among its secrets."""
+    run = launch("undisturbed", address=ray_cluster[0], environ={"HF_TOKEN": "canary-7f3a9c"})
+    pids = run.pids()
+    run.environs = [Path(f"/proc/{pid}/environ").read_bytes() for pid in pids.values()]
+    assert run.finish() == 0, run.text
+    return run

@@ -1,0 +1,28 @@
+"""Starts a Ray cluster of several nodes on this machine, until its standard input ends.
+
+python start_cluster.py CORES ADDRESS...
+"""
+
+import sys
+
+from ray.cluster_utils import Cluster
+
+
+def main() -> None:
+    cores, *others = sys.argv[1:]
+    options = {"num_cpus": int(cores), "object_store_memory": 100 * 2**20}
+    cluster = Cluster(
+        initialize_head=True,
+        # not on 127.0.0.1: drivers take that for the machine's address
+        head_node_args={**options, "include_dashboard": False},
+    )
+    for address in others:
+        cluster.add_node(**options, node_ip_address=address)
+    cluster.wait_for_nodes(timeout=120)
+    print(cluster.address, cluster.head_node.get_session_dir_path(), flush=True)
+    sys.stdin.read()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
