@@ -228,7 +228,8 @@ def check_exists(nodes: Sequence[Node], path: str, key: str) -> None:
 def split_environment(environ: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """The variables that workers get: those for their runtime environment, and the secrets."""
     added = environment.passed_on(environ)
-    open_vars, secrets = {}, environment.secrets(environ)
+    open_vars: dict[str, str] = {}
+    secrets = environment.secrets(environ)
     for name, value in environ.items():
         is_named = name in PASSED_NAMES or name in added or name.lower() in PASSED_PROXIES
         if not (is_named or name.startswith(PASSED_PREFIXES)):
@@ -247,7 +248,7 @@ def _authenticate(address: str | None) -> None:
     if "RAY_AUTH_MODE" in os.environ or not address or address in ("auto", "local"):
         return
     from ray._private.authentication import authentication_token_setup as setup
-    from ray._raylet import AuthenticationTokenLoader, GcsClient
+    from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined]
 
     try:
         GcsClient(address=address)

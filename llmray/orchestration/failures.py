@@ -22,7 +22,7 @@ LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)", re.IGNORE
 LOST_PEER_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
 
-class FailureRule(UserCallback):  # type: ignore[misc]
+class FailureRule(UserCallback):
     """Says what failed; raises, which Ray Train does not retry, where every attempt would fail.
 
     That is an error of the user (`LlmrayError`), or the same exception a second time while no

@@ -13,7 +13,7 @@ from llmray.errors import ClusterError
 
 
 @dataclass
-class MeetingConfig(TorchConfig):  # type: ignore[misc]
+class MeetingConfig(TorchConfig):
     """Ray Train's TorchConfig with an address or a port of the user's, None where free."""
 
     master_addr: str | None = None
@@ -25,7 +25,7 @@ class MeetingConfig(TorchConfig):  # type: ignore[misc]
         return _MeetingBackend
 
 
-class _MeetingBackend(_TorchBackend):  # type: ignore[misc]
+class _MeetingBackend(_TorchBackend):
     # inherits because Ray Train offers no other way to choose the address
 
     def on_start(self, worker_group: Any, backend_config: MeetingConfig) -> None:

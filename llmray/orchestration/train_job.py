@@ -131,7 +131,7 @@ class StopSignals:
             log.warning("%s again: a third one ends at once, without saving", name)
 
 
-class _Trainer(TorchTrainer):  # type: ignore[misc]
+class _Trainer(TorchTrainer):
     # Ray Train's cleaner is a detached actor that a killed driver leaves behind where there is no
     # dashboard; workers and their placement group end with the driver's job without it
 
@@ -192,7 +192,9 @@ class _Driver:
             value = getattr(model, key)
             for path in [value] if isinstance(value, str) else value or []:
                 cluster.check_exists(nodes, path, key)
-        cluster.check_exists(nodes, self.arguments.data.dataset_dir, "dataset_dir")
+        dataset_dir = self.arguments.data.dataset_dir
+        if isinstance(dataset_dir, str):
+            cluster.check_exists(nodes, dataset_dir, "dataset_dir")
 
     def _clear_run_dir(self) -> None:
         training = self.arguments.training
