@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -144,6 +145,7 @@ def _converted(gguf: Path) -> Path:
             log.info("converting %s once into %s (about a minute)", gguf, target)
             with store.staging(target) as directory:
                 _convert(gguf, directory)
+                store.share(directory)
                 store.commit(directory, target, {"source": str(gguf)})
     return target
 
@@ -158,9 +160,10 @@ def _convert(gguf: Path, directory: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         _check_tokens(gguf, tokenizer)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True)
-        )
+        with redirect_stderr(StringIO()):  # a progress bar that no setting turns off
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True)
+            )
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:

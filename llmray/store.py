@@ -314,6 +314,14 @@ def move(source: str | Path, target: str | Path) -> None:
         _fsync(Path(target).parent)
 
 
+def share(directory: Path) -> None:
+    """Give local files the permissions that the umask allows; safetensors makes its own private."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for name in walk(directory):
+        (directory / name).chmod(0o666 & ~mask)
+
+
 def uncommit(uri: str | Path) -> None:
     """Remove what is at a URI: the manifest first, so that the rest never passes for whole."""
     with explained(uri):

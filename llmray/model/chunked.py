@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # one chunk's logits: a larger chunk reads the head's weight less often
-CHUNK_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}
+CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 512 << 20}
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,17 @@ class Wanted:
     top1: bool = False
 
 
+@dataclass
+class Habit:
+    """Whether the objective has so far weighed all log-probabilities alike, as cross entropy does.
+
+    Then the forward pass can do the backward pass's work for a head that trains: three matrix
+    products instead of four. Only a cost depends on it, no result.
+    """
+
+    is_uniform: bool = True
+
+
 @dataclass(frozen=True)
 class Outputs:
     """Per target: log p, and where wanted the entropy and whether it was the likeliest token."""
@@ -55,12 +66,18 @@ class Outputs:
 
 
 def linear_outputs(
-    hidden: Tensor, head: nn.Linear, target_ids: Tensor, form: Form, wanted: Wanted
+    hidden: Tensor,
+    head: nn.Linear,
+    target_ids: Tensor,
+    form: Form,
+    wanted: Wanted,
+    habit: Habit | None = None,
 ) -> Outputs:
     """The outputs of a plain linear head at hidden states (n, D), by chunks of targets."""
-    trains = any(p.requires_grad for p in head.parameters()) and torch.is_grad_enabled()
-    function = _TrainableHead if trains else _FrozenHead
-    return Outputs(*function.apply(hidden, head.weight, head.bias, target_ids, form, wanted))
+    operands = (hidden, head.weight, head.bias, target_ids, form, wanted)
+    if torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters()):
+        return Outputs(*_TrainableHead.apply(*operands, habit or Habit(is_uniform=False)))
+    return Outputs(*_FrozenHead.apply(*operands))
 
 
 def module_outputs(
@@ -139,7 +156,11 @@ class _FrozenHead(torch.autograd.Function):
 
 
 class _TrainableHead(torch.autograd.Function):
-    """Backward computes each chunk's logits again, for the gradients of hidden states and head."""
+    """Backward computes each chunk's logits again, for the gradients of hidden states and head.
+
+    Where the habit is uniform, forward computes both gradients for weights of one; backward then
+    only multiplies, if all weights are equal indeed. On a GPU asking that would make it wait.
+    """
 
     @staticmethod
     def forward(
@@ -150,12 +171,17 @@ class _TrainableHead(torch.autograd.Function):
         target_ids: Tensor,
         form: Form,
         wanted: Wanted,
+        habit: Habit,
     ) -> tuple[Tensor | None, ...]:
-        ctx.form, ctx.product_dtype = form, _product_dtype(weight)
+        ctx.form, ctx.product_dtype, ctx.habit = form, _product_dtype(weight), habit
         head = _Head(weight, bias, form, ctx.product_dtype)
         collected = _Collected(hidden, head, wanted)
+        is_eager = habit.is_uniform and not wanted.entropy and hidden.device.type == "cpu"
+        ctx.grads = _HeadGrads(head, hidden) if is_eager else None
         for chunk in head.chunks(hidden, target_ids, keeps_logits=wanted.entropy):
             collected.take(chunk)
+            if ctx.grads is not None:
+                ctx.grads.add(chunk, torch.ones_like(chunk.logprobs), None)
         ctx.save_for_backward(hidden, weight, bias, target_ids)
         return collected.returned(ctx)
 
@@ -163,22 +189,52 @@ class _TrainableHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target_ids = ctx.saved_tensors
         of_logprob, of_entropy, _ = grads
+        ready, ctx.grads = ctx.grads, None
+        if ready is not None and of_logprob is not None:
+            ctx.habit.is_uniform = bool((of_logprob == of_logprob[:1]).all())
+            if ctx.habit.is_uniform:
+                return ready.times(of_logprob[:1].sum(), bias)
         head = _Head(weight, bias, ctx.form, ctx.product_dtype)
-        hidden_grad = torch.zeros_like(hidden)
-        weight_grad = torch.zeros_like(weight, dtype=head.dtype)
-        bias_grad = torch.zeros(len(weight), dtype=head.dtype, device=weight.device)
+        found = _HeadGrads(head, hidden)
         for chunk in head.chunks(hidden, target_ids, keeps_logits=of_entropy is not None):
-            rows = chunk.rows
-            gradient = chunk.gradient(
-                None if of_logprob is None else of_logprob[rows],
-                None if of_entropy is None else of_entropy[rows],
+            found.add(
+                chunk,
+                None if of_logprob is None else of_logprob[chunk.rows],
+                None if of_entropy is None else of_entropy[chunk.rows],
             )
-            hidden_grad[rows] = head.to_hidden(gradient).to(hidden.dtype)
-            head.add_to_weight(weight_grad, gradient, hidden[rows])
-            if bias is not None:
-                bias_grad += gradient.sum(0)
-        bias_result = None if bias is None else bias_grad.to(bias.dtype)
-        return hidden_grad, weight_grad.to(weight.dtype), bias_result, None, None, None
+        return found.times(None, bias)
+
+
+class _HeadGrads:
+    """Gradients of hidden states, weight and bias, filled chunk by chunk."""
+
+    def __init__(self, head: _Head, hidden: Tensor) -> None:
+        self._head = head
+        self._states = hidden
+        self._dtype = head.original_dtype
+        self._hidden = torch.zeros_like(hidden, dtype=head.dtype)
+        self._weight = torch.zeros_like(head.weight, dtype=head.dtype)
+        self._bias = torch.zeros(len(head.weight), dtype=head.dtype, device=hidden.device)
+
+    def add(self, chunk: _Chunk, of_logprob: Tensor | None, of_entropy: Tensor | None) -> None:
+        gradient = chunk.gradient(of_logprob, of_entropy)
+        self._hidden[chunk.rows] = self._head.to_hidden(gradient)
+        self._head.add_to_weight(self._weight, gradient, self._states[chunk.rows])
+        if self._head.bias is not None:
+            self._bias += gradient.sum(0)
+
+    def times(self, factor: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What backward returns; the gradients are used up."""
+        if factor is not None:
+            for total in (self._hidden, self._weight, self._bias):
+                total.mul_(factor)
+        bias_grad = None if bias is None else self._bias.to(bias.dtype)
+        return (
+            self._hidden.to(self._states.dtype),
+            self._weight.to(self._dtype),
+            bias_grad,
+            *[None] * 4,
+        )
 
 
 class _Head:
@@ -188,6 +244,7 @@ class _Head:
         self, weight: Tensor, bias: Tensor | None, form: Form, product_dtype: torch.dtype
     ) -> None:
         self.weight = weight.to(product_dtype)  # (V, D)
+        self.original_dtype = weight.dtype
         self.bias = bias
         self.form = form
         self.dtype = torch.promote_types(product_dtype, torch.float32)

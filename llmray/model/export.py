@@ -43,6 +43,7 @@ def write_weights(
         else:
             _write_model(model, directory, dtype)
         tokenizer.save_pretrained(directory)
+        store.share(directory)
 
 
 def _write_adapter(model: Any, directory: Path, dtype: torch.dtype | None) -> None:

@@ -22,6 +22,7 @@ from llmray.errors import ModelError
 from llmray.model.attention import causal_lm, native, use_flat
 from llmray.model.chunked import (
     Form,
+    Habit,
     Outputs,
     Wanted,
     linear_outputs,
@@ -80,6 +81,7 @@ class TokenModel(nn.Module):
                 type(base).__name__,
             )
         self.form = (Form() if self.uses_own_head else form).at(temperature)
+        self._habit = Habit()
         if flat:
             use_flat(model)
 
@@ -105,7 +107,7 @@ class TokenModel(nn.Module):
         result = decoder(batch.input_ids, **_inputs(decoder, base, batch))
         hidden = result.last_hidden_state.flatten(0, 1)[batch.targets]  # (n, D)
         if type(head) is nn.Linear:
-            found = linear_outputs(hidden, head, batch.target_ids, self.form, wanted)
+            found = linear_outputs(hidden, head, batch.target_ids, self.form, wanted, self._habit)
         else:  # wrapped by peft or quantised
             width = base.config.get_text_config().vocab_size
             found = module_outputs(hidden, head, batch.target_ids, self.form, wanted, width)
