@@ -1,0 +1,435 @@
+"""The work behind `prepared`: a plan of shards, a shard built, all of them in processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmray import store
+from llmray.data import files, shards
+from llmray.data.conversation import Conversation, RowError, RowFormat, to_conversation
+from llmray.data.encoding import Encoder
+from llmray.data.features import FEATURES, FeatureOptions, RowFeatures
+from llmray.data.pieces import Piece
+from llmray.data.sources import DataSet
+from llmray.data.templates import Renderer
+from llmray.errors import DataError, StoreError
+from llmray.store import FileSum
+
+if TYPE_CHECKING:
+    from llmray.arguments.run import RunArguments
+
+LEAST_SHARD_BYTES, MOST_SHARD_BYTES = 4 << 20, 64 << 20  # of source text
+NUM_SHARDS = 64  # wished for, within these bounds
+MOST_PROBLEMS = 10
+TABLES = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be prepared: its key and place, what decides it, and the sets."""
+
+    key: str
+    target: str
+    description: dict[str, Any]
+    train: Sequence[DataSet]
+    evaluation: Sequence[DataSet]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows of one table that are built together.
+
+    `held_out` counts rows from the shard's first; they go to the table `eval` instead.
+    """
+
+    table: str
+    pieces: tuple[tuple[Piece, RowFormat], ...]
+    held_out: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that building needs, picklable. `block_len` is set where texts are laid into blocks."""
+
+    key: str
+    target: str
+    stage: str
+    tokenizer_json: str = field(repr=False)
+    renderer: Renderer | None = field(repr=False)
+    options: FeatureOptions
+    shards: tuple[Shard, ...] = field(repr=False)
+    block_len: int | None
+    batch_size: int
+    description: dict[str, Any] = field(repr=False)
+
+    @property
+    def staging(self) -> str:
+        """Where finished shards lie until all are."""
+        return staging_of(self.target)
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What came of a shard: sums of its files by name, counts by table, and wrong rows."""
+
+    files: dict[str, FileSum]
+    counts: dict[str, int]
+    first_without_target: str | None = None
+    problems: tuple[str, ...] = ()
+
+
+def staging_of(target: str) -> str:
+    """Where the shards of prepared data lie until it is committed."""
+    return f"{target}.building"
+
+
+def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
+    """The plan of a job; loads the tokenizer and reads the files once to cut them.
+
+    Raises:
+        DataError: a file cannot be read, or fewer rows are there than are to be set aside.
+        ModelError: there is no usable tokenizer.
+    """
+    from llmray.data import templates, tokenizer
+
+    data, stage = arguments.data, arguments.finetuning.stage
+    loaded = tokenizer.load_tokenizer(model_dir, arguments.model)
+    renderer = tokenizer.renderer(data, loaded) if FEATURES[stage].needs_response else None
+    packing = stage == "pt" and data.packing is not False
+    template = templates.find(data.template) if data.template else None
+    prefix, suffix = tokenizer.around_text(loaded, template) if stage == "pt" else ((), ())
+    cut = _cut([*job.train, *job.evaluation], data.max_samples)
+    train = _group(cut[: len(job.train)], "train")
+    num_rows = sum(_num_rows(shard) for shard in train)
+    return Plan(
+        key=job.key,
+        target=job.target,
+        stage=stage,
+        tokenizer_json=tokenizer.tokenizer_json(loaded),
+        renderer=renderer,
+        options=FeatureOptions(
+            data.cutoff_len, data.train_on_prompt, data.mask_history, packing, prefix, suffix
+        ),
+        shards=(
+            *_hold_out(train, held_out_rows(num_rows, data.val_size, arguments.training.seed)),
+            *_group(cut[len(job.train) :], "eval"),
+        ),
+        block_len=data.cutoff_len if packing else None,
+        batch_size=data.preprocessing_batch_size,
+        description=job.description,
+    )
+
+
+def held_out_rows(num_rows: int, val_size: float, seed: int) -> np.ndarray:
+    """Which rows are set aside for evaluation, in rising order.
+
+    Args:
+        num_rows: rows of all sets to train on.
+        val_size: a share below 1 (of which the rows are rounded up), or a number of rows.
+        seed: of the permutation that they are the head of.
+
+    Raises:
+        DataError: no row would be left.
+    """
+    count = math.ceil(num_rows * val_size) if val_size < 1 else int(val_size)
+    if count and count >= num_rows:
+        raise DataError(
+            f"val_size={val_size} sets {count} rows aside, and there are {num_rows}. Required: "
+            "rows left to train on. Lower val_size, or take more data."
+        )
+    chosen = np.random.Generator(np.random.PCG64(seed)).permutation(num_rows)[:count]
+    return np.sort(chosen)
+
+
+def _cut(sets: Sequence[DataSet], limit: int | None) -> list[list[tuple[Piece, RowFormat]]]:
+    """The pieces of each set, of its first `limit` rows."""
+    total = sum(os.stat(file.path).st_size for dataset in sets for file in dataset.files)
+    size = min(max(total // NUM_SHARDS, LEAST_SHARD_BYTES), MOST_SHARD_BYTES)
+    cut = []
+    for dataset in sets:
+        found: list[tuple[Piece, RowFormat]] = []
+        for file in dataset.files:
+            left = None if limit is None else limit - sum(piece.num_rows for piece, _ in found)
+            if left == 0:
+                break
+            found += [(piece, dataset.layout) for piece in files.cut(file, size, left)]
+        if not found:
+            names = ", ".join(file.path for file in dataset.files)
+            raise DataError(
+                f"{dataset.name} has no rows: {names}. Required: at least one. Mend the file, or "
+                "take another set."
+            )
+        cut.append(found)
+    return cut
+
+
+def _group(cut: Sequence[Sequence[tuple[Piece, RowFormat]]], table: str) -> list[Shard]:
+    """Shards of pieces; small files that follow one another share one."""
+    grouped: list[Shard] = []
+    waiting: list[tuple[Piece, RowFormat]] = []
+    size = 0
+    for piece, layout in (entry for entries in cut for entry in entries):
+        waiting.append((piece, layout))
+        is_table = piece.first_line is None
+        size += LEAST_SHARD_BYTES if is_table else piece.stop - piece.start
+        if size >= LEAST_SHARD_BYTES:
+            grouped.append(Shard(table, tuple(waiting)))
+            waiting, size = [], 0
+    return [*grouped, Shard(table, tuple(waiting))] if waiting else grouped
+
+
+def _num_rows(shard: Shard) -> int:
+    return sum(piece.num_rows for piece, _ in shard.pieces)
+
+
+def _hold_out(train: Sequence[Shard], held_out: np.ndarray) -> Iterator[Shard]:
+    first = 0
+    for shard in train:
+        last = first + _num_rows(shard)
+        low, high = np.searchsorted(held_out, [first, last])
+        rows = frozenset((held_out[low:high] - first).tolist())
+        yield Shard(shard.table, shard.pieces, rows)
+        first = last
+
+
+def build_shard(plan: Plan, index: int) -> ShardReport:
+    """Build a shard, unless it is finished; its rows are wrong if the report has problems.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    note = Path(plan.staging) / _note(index)
+    if note.exists():
+        return finished(plan, index)
+    shard = plan.shards[index]
+    kept: dict[str, list[RowFeatures]] = {table: [] for table in TABLES}
+    counts = dict.fromkeys(("read", "truncated", "empty", "without_target"), 0)
+    first_without: str | None = None
+    problems: list[str] = []
+    for number, where, outcome in _outcomes(plan, shard):
+        counts["read"] += 1
+        if isinstance(outcome, RowError):
+            problems.append(f"{files.place(*where)}: {outcome}")
+            if len(problems) == MOST_PROBLEMS:
+                break
+        elif not len(outcome.input_ids):
+            counts["empty"] += 1
+        elif not outcome.targets:
+            counts["without_target"] += 1
+            first_without = first_without or files.place(*where)
+        else:
+            counts["truncated"] += outcome.is_truncated
+            kept["eval" if number in shard.held_out else shard.table].append(outcome)
+    if problems:
+        return ShardReport({}, counts, None, tuple(problems))
+    return _write(plan, index, ShardReport({}, counts, first_without), kept)
+
+
+def _write(
+    plan: Plan, index: int, report: ShardReport, kept: Mapping[str, list[RowFeatures]]
+) -> ShardReport:
+    """Write the files of a shard, and last its report, which makes it finished."""
+    staging = Path(plan.staging)
+    counts = dict(report.counts)
+    names = []
+    for table, rows in kept.items():
+        counts[f"{table}_rows"] = len(rows)
+        counts[f"{table}_tokens"] = sum(len(row.input_ids) for row in rows)
+        counts[f"{table}_targets"] = sum(row.num_targets for row in rows)
+        if rows:
+            names.append(_file(table, index))
+            shards.write(staging / names[-1], rows)
+    done = ShardReport(store.seal(staging, names), counts, report.first_without_target)
+    store.write_atomic(staging / _note(index), json.dumps(asdict(done), sort_keys=True))
+    return done
+
+
+def finished(plan: Plan, index: int) -> ShardReport:
+    """The report of a finished shard.
+
+    Raises:
+        StoreError: it is not finished.
+    """
+    path = Path(plan.staging) / _note(index)
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise StoreError(
+            f"Shard {index} of {len(plan.shards)} is not built: {path} is missing. Required: all "
+            "shards. Build it, then commit."
+        ) from None
+    sums = {name: FileSum(**entry) for name, entry in raw.pop("files").items()}
+    return ShardReport(sums, **{k: v for k, v in raw.items() if k != "problems"})
+
+
+def run(plan: Plan, num_workers: int) -> None:
+    """Build all shards that are not finished, in this process or in several.
+
+    Raises:
+        DataError: rows are wrong; names the first of them.
+        StoreError: a shard cannot be written.
+    """
+    with store.explained(plan.staging):
+        Path(plan.staging).mkdir(parents=True, exist_ok=True)
+    wrong: list[ShardReport] = []
+    for report in _reports(plan, min(num_workers, len(plan.shards))):
+        if report.problems:
+            wrong.append(report)
+        if sum(len(report.problems) for report in wrong) >= MOST_PROBLEMS:
+            break
+    raise_problems(wrong)
+
+
+def _reports(plan: Plan, num_workers: int) -> Iterator[ShardReport]:
+    indices = range(len(plan.shards))
+    if num_workers == 1:
+        yield from (build_shard(plan, index) for index in indices)
+        return
+    pool = ProcessPoolExecutor(
+        num_workers,
+        # not forked: this process may have threads of torch and of the tokenizer
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(plan, os.getpid()),
+    )
+    try:
+        yield from pool.map(_build_in_worker, indices)
+    except BrokenProcessPool as error:
+        raise DataError(
+            "A process that prepared data was killed, most likely for lack of memory. Lower "
+            "preprocessing_num_workers; the finished shards are kept."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_plan_of_worker: Plan | None = None
+
+
+def _start_worker(plan: Plan, parent: int) -> None:
+    global _plan_of_worker
+    _plan_of_worker = plan
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+
+
+def _die_with(parent: int) -> None:
+    """End this process when its parent is gone: nobody would take its work."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _build_in_worker(index: int) -> ShardReport:
+    assert _plan_of_worker is not None
+    return build_shard(_plan_of_worker, index)
+
+
+Where = tuple[Piece, int]
+
+
+def _outcomes(plan: Plan, shard: Shard) -> Iterator[tuple[int, Where, RowFeatures | RowError]]:
+    """For each row of a shard its number, its place, and its features or what is wrong."""
+    rows = _conversations(plan, shard)
+    stage, encoder = FEATURES[plan.stage], _encoder(plan.tokenizer_json)
+    number = 0
+    while batch := list(islice(rows, plan.batch_size)):
+        right = [found for _, found in batch if isinstance(found, Conversation)]
+        built = iter(stage.build(right, encoder, plan.renderer, plan.options))
+        for where, found in batch:
+            outcome = next(built) if isinstance(found, Conversation) else found
+            yield number, where, outcome
+            number += 1
+
+
+def _conversations(plan: Plan, shard: Shard) -> Iterator[tuple[Where, Conversation | RowError]]:
+    needs_response = FEATURES[plan.stage].needs_response
+    for piece, layout in shard.pieces:
+        for index, row in enumerate(files.read(piece)):
+            found: Conversation | RowError
+            try:
+                if isinstance(row, RowError):
+                    found = row
+                else:
+                    found = to_conversation(row, layout, needs_response)
+            except RowError as error:
+                found = error
+            yield (piece, index), found
+
+
+@lru_cache(maxsize=2)
+def _encoder(tokenizer_json: str) -> Encoder:
+    return Encoder(tokenizer_json)
+
+
+def raise_problems(reports: Sequence[ShardReport]) -> None:
+    """Raise one error that says the first wrong rows; nothing where there are none.
+
+    Raises:
+        DataError: if there are.
+    """
+    problems = [problem for report in reports for problem in report.problems]
+    if not problems:
+        return
+    shown = problems[:MOST_PROBLEMS]
+    if len(problems) == 1:
+        raise DataError(shown[0])
+    count = f"{len(problems)}" if len(problems) < MOST_PROBLEMS else f"the first {MOST_PROBLEMS}"
+    raise DataError(
+        f"Rows of the data are wrong ({count} shown):\n"
+        + "\n".join(f"  - {problem}" for problem in shown)
+        + "\nMend them, or take them out."
+    )
+
+
+def tables(plan: Plan, reports: Sequence[ShardReport]) -> dict[str, list[str]]:
+    """The files of each table in order."""
+    found: dict[str, list[str]] = {table: [] for table in TABLES}
+    for index in range(len(plan.shards)):
+        for table, names in found.items():
+            if _file(table, index) in reports[index].files:
+                names.append(_file(table, index))
+    return found
+
+
+def counts(plan: Plan, reports: Sequence[ShardReport]) -> dict[str, Any]:
+    """Counts of all shards together, and the place of the first row without a target.
+
+    `train_rows` and `eval_rows` are rows of the tables: blocks, where texts are laid into blocks.
+    """
+    total: dict[str, Any] = {}
+    for report in reports:
+        for name, count in report.counts.items():
+            total[name] = total.get(name, 0) + count
+    places = (report.first_without_target for report in reports)
+    total["first_without_target"] = next((place for place in places if place), None)
+    if plan.block_len is not None:
+        for table in TABLES:
+            total[f"{table}_rows"] = -(-total[f"{table}_tokens"] // plan.block_len)
+            total[f"{table}_targets"] = total[f"{table}_tokens"] - total[f"{table}_rows"]
+    for what in ("tokens", "targets"):
+        total[what] = sum(total[f"{table}_{what}"] for table in TABLES)
+    return total
+
+
+def _file(table: str, index: int) -> str:
+    return f"{table}-{index:05d}.arrow"
+
+
+def _note(index: int) -> str:
+    return f"shard-{index:05d}.json"

@@ -1,0 +1,188 @@
+"""What a row becomes in each stage: FEATURES holds a function from conversations to features.
+
+Lengths are cut by LLaMA-Factory's budgets, turn by turn; targets are marked by place, never by the
+id of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmray.data.conversation import Conversation, RowError
+from llmray.data.encoding import Encoder
+from llmray.data.templates import Renderer
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """Arguments that decide about features.
+
+    `text_prefix` and `text_suffix` are ids before and after each text of stage pt; `packing` says
+    that its texts are later laid into full blocks, so that none is cut.
+    """
+
+    cutoff_len: int
+    train_on_prompt: bool = False
+    mask_history: bool = False
+    packing: bool = False
+    text_prefix: tuple[int, ...] = ()
+    text_suffix: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class RowFeatures:
+    """The tokens of a row; `targets` are pairs of ends of the runs of tokens that are learned."""
+
+    input_ids: np.ndarray  # (T,) int32
+    targets: tuple[int, ...]
+    is_truncated: bool
+
+    @property
+    def num_targets(self) -> int:
+        """How many tokens are learned."""
+        return sum(self.targets[1::2]) - sum(self.targets[::2])
+
+
+Outcome = RowFeatures | RowError
+Build = Callable[[Sequence[Conversation], Encoder, Renderer | None, FeatureOptions], list[Outcome]]
+
+
+@dataclass(frozen=True)
+class StageFeatures:
+    """One stage: how its features are built, whether its rows need a response and a renderer."""
+
+    build: Build
+    needs_response: bool
+
+
+def supervised(
+    conversations: Sequence[Conversation],
+    encoder: Encoder,
+    renderer: Renderer | None,
+    options: FeatureOptions,
+) -> list[Outcome]:
+    """Features of stage sft; a `RowError` for a conversation that the format cannot write."""
+    assert renderer is not None
+    parts: list[list[str]] = []
+    outcomes: list[Outcome | None] = []
+    for conversation in conversations:
+        try:
+            turns = renderer.turns(conversation)
+        except RowError as error:
+            outcomes.append(error)
+            continue
+        parts.append([part for turn in turns for part in (turn.source, turn.target)])
+        outcomes.append(None)
+    encoded = encoder.encode_parts(parts)
+    rows = iter(
+        _supervised_row(encoded.ids[first:last], borders, options)
+        for first, last, borders in zip(
+            encoded.bounds.tolist(), encoded.bounds[1:].tolist(), encoded.borders, strict=False
+        )
+    )
+    return [next(rows) if outcome is None else outcome for outcome in outcomes]
+
+
+def _supervised_row(ids: np.ndarray, borders: list[int], options: FeatureOptions) -> RowFeatures:
+    starts = [0, *borders[:-1]]
+    # (start, stop, whether it is a target), in the order of the text
+    parts = [
+        (start, stop, bool(number % 2))
+        for number, (start, stop) in enumerate(zip(starts, borders, strict=True))
+    ]
+    is_truncated = len(ids) > options.cutoff_len
+    if is_truncated:
+        parts = _within_budget(parts, options.cutoff_len, last_first=options.mask_history)
+        ids = np.concatenate([ids[start:stop] for start, stop, _ in parts])
+    return RowFeatures(ids, _runs(parts, options), is_truncated)
+
+
+def _runs(parts: Sequence[tuple[int, int, bool]], options: FeatureOptions) -> tuple[int, ...]:
+    """Pairs of ends of what is learned, in the kept tokens; the first token never is."""
+    runs: list[int] = []
+    at = 0
+    for number, (start, stop, is_target) in enumerate(parts):
+        begin, at = max(at, 1), at + stop - start
+        is_learned = is_target or options.train_on_prompt
+        if options.mask_history and number < len(parts) - 2:
+            is_learned = False
+        if not is_learned or begin >= at:
+            continue
+        if runs and runs[-1] == begin:
+            runs[-1] = at
+        else:
+            runs += [begin, at]
+    return tuple(runs)
+
+
+def _within_budget(
+    parts: Sequence[tuple[int, int, bool]], cutoff_len: int, last_first: bool
+) -> list[tuple[int, int, bool]]:
+    """The parts cut to `cutoff_len` tokens together, turn by turn while tokens remain."""
+    turns = list(zip(parts[::2], parts[1::2], strict=True))
+    kept: list[list[tuple[int, int, bool]]] = []
+    used = 0
+    for source, target in reversed(turns) if last_first else turns:
+        if used >= cutoff_len:
+            break
+        source_len, target_len = budgets(
+            source[1] - source[0], target[1] - target[0], cutoff_len - used
+        )
+        used += source_len + target_len
+        kept.append(
+            [
+                (source[0], source[0] + source_len, False),
+                (target[0], target[0] + target_len, True),
+            ]
+        )
+    if last_first:
+        kept.reverse()
+    return [part for turn in kept for part in turn]
+
+
+def budgets(source_len: int, target_len: int, room: int) -> tuple[int, int]:
+    """How many tokens of a source and its target are kept in `room`: LLaMA-Factory's rule.
+
+    A target below half the room is kept whole, else a source below half is; else both shrink in
+    proportion. Each keeps its head.
+    """
+    if target_len * 2 < room:
+        most = room
+    elif source_len * 2 < room:
+        most = room - source_len
+    else:
+        most = int(room * (target_len / (source_len + target_len)))
+    target_kept = min(target_len, most)
+    return min(source_len, max(room - target_kept, 0)), target_kept
+
+
+def texts(
+    conversations: Sequence[Conversation],
+    encoder: Encoder,
+    renderer: Renderer | None,
+    options: FeatureOptions,
+) -> list[Outcome]:
+    """Features of stage pt: each text with the end-of-text token, all of it learned."""
+    wholes = [conversation.messages[-1].content for conversation in conversations]
+    ids, bounds = encoder.encode(wholes)
+    prefix = np.array(options.text_prefix, np.int32)
+    suffix = np.array(options.text_suffix, np.int32)
+    rows: list[Outcome] = []
+    for number, whole in enumerate(wholes):
+        if not whole.strip():
+            rows.append(RowFeatures(ids[:0], (), False))
+            continue
+        row = np.concatenate([prefix, ids[bounds[number] : bounds[number + 1]], suffix])
+        is_truncated = not options.packing and len(row) > options.cutoff_len
+        row = row[: options.cutoff_len] if is_truncated else row
+        rows.append(RowFeatures(row, (1, len(row)) if len(row) > 1 else (), is_truncated))
+    return rows
+
+
+FEATURES: dict[str, StageFeatures] = {
+    "pt": StageFeatures(texts, needs_response=False),
+    "sft": StageFeatures(supervised, needs_response=True),
+}

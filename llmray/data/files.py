@@ -1,0 +1,334 @@
+"""Data files of every format as pieces of bounded size, and the rows of a piece.
+
+Cutting reads a file once from its head and keeps nothing; the pieces can then be read by other
+processes. Where pieces end depends on the files alone, never on who reads them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llmray.data import json_list
+from llmray.data.conversation import RowError
+from llmray.data.pieces import (
+    BOM,
+    Cut,
+    DataFile,
+    Piece,
+    not_utf8,
+    opened,
+    piece_bytes,
+    piece_text,
+    skip_mark,
+)
+from llmray.errors import DataError
+
+
+@dataclass(frozen=True)
+class _Format:
+    """`cuts` yields the end of every row in turn; `read` gives the rows of a piece, or errors.
+
+    `lines` is None for tables, else how many lines of a piece lie before a row.
+    """
+
+    cuts: Callable[[DataFile], Iterator[Cut]]
+    read: Callable[[Piece], Iterator[Any]]
+    lines: Callable[[Piece, int], int] | None = None
+
+
+def cut(file: DataFile, piece_bytes: int, limit: int | None = None) -> list[Piece]:
+    """Pieces of a file that hold about `piece_bytes` each, of its first `limit` rows.
+
+    Raises:
+        DataError: the file cannot be read to its end as its format.
+    """
+    pieces: list[Piece] = []
+    start = first_row = num_rows = num_bytes = num_lines = first_line = 0
+    has_lines = FORMATS[file.format].lines is not None
+    last = None
+    for row in FORMATS[file.format].cuts(file):
+        if limit is not None and first_row + num_rows == limit:
+            break
+        last = row
+        num_rows, num_bytes, num_lines = (
+            num_rows + 1,
+            num_bytes + row.num_bytes,
+            num_lines + row.num_lines,
+        )
+        if num_bytes >= piece_bytes:
+            line = first_line if has_lines else None
+            pieces.append(Piece(file, start, row.stop, first_row, num_rows, line))
+            start, first_row, first_line = row.stop, first_row + num_rows, first_line + num_lines
+            num_rows = num_bytes = num_lines = 0
+    if last is not None and num_rows:
+        line = first_line if has_lines else None
+        pieces.append(Piece(file, start, last.stop, first_row, num_rows, line))
+    return pieces
+
+
+def read(piece: Piece) -> Iterator[Any]:
+    """The rows of a piece in order; a `RowError` in place of one that cannot be read."""
+    return FORMATS[piece.file.format].read(piece)
+
+
+def place(piece: Piece, index: int) -> str:
+    """Where the row number `index` of a piece stands: file, row and line, counted from 1."""
+    row = f"{piece.file.path}, row {piece.first_row + index + 1}"
+    lines = FORMATS[piece.file.format].lines
+    if lines is None or piece.first_line is None:
+        return row
+    return f"{row} (line {piece.first_line + lines(piece, index) + 1})"
+
+
+# --- one row a line: JSON lines and plain text -----------------------------------------------
+
+
+def _line_cuts(file: DataFile) -> Iterator[Cut]:
+    with opened(file) as handle:
+        skipped = stop = skip_mark(file, handle)
+        lines = 0
+        for line in handle:
+            stop, lines, skipped = stop + len(line), lines + 1, skipped + len(line)
+            if line.strip():
+                yield Cut(stop, skipped, lines)
+                lines = skipped = 0
+
+
+def _lines(piece: Piece) -> Iterator[tuple[int, str | RowError]]:
+    """Lines of a piece that are not blank, with the number of each in the piece, from 0."""
+    raw = piece_bytes(piece)
+    raw = raw.removeprefix(BOM) if piece.start == 0 else raw
+    try:
+        # not splitlines: JSON may hold other line separators of Unicode in its strings
+        for number, line in enumerate(raw.decode().split("\n")):
+            if line.strip():
+                yield number, line
+    except UnicodeDecodeError:
+        yield from _lines_one_by_one(raw)
+
+
+def _lines_one_by_one(raw: bytes) -> Iterator[tuple[int, str | RowError]]:
+    for number, line in enumerate(raw.split(b"\n")):
+        if not line.strip():
+            continue
+        try:
+            yield number, line.decode()
+        except UnicodeDecodeError as error:
+            yield number, not_utf8(error)
+
+
+def _line_number(piece: Piece, index: int) -> int:
+    for row, (number, _) in enumerate(_lines(piece)):
+        if row == index:
+            return number
+    raise AssertionError(f"{piece} has no row {index}")
+
+
+def _read_json_lines(piece: Piece) -> Iterator[Any]:
+    for _, line in _lines(piece):
+        if isinstance(line, RowError):
+            yield line
+            continue
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            yield RowError(
+                f"malformed JSON at column {error.colno}: {error.msg}. Required: one JSON object "
+                "on each line."
+            )
+
+
+def _read_text(piece: Piece) -> Iterator[Any]:
+    for _, line in _lines(piece):
+        yield line if isinstance(line, RowError) else {"text": line.rstrip("\r")}
+
+
+# --- CSV -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let CSV fields be as long as documents are; the library's limit is meant for tables."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+class _CountedLines:
+    """Decoded lines of a file; counts what was taken."""
+
+    def __init__(self, file: DataFile, handle: BinaryIO, start: int) -> None:
+        self._file, self._handle = file, handle
+        self.stop, self.lines = start, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._handle:
+            self.stop, self.lines = self.stop + len(line), self.lines + 1
+            try:
+                yield line.decode()
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{self._file.path}, line {self.lines}: {not_utf8(error)}"
+                ) from None
+
+
+def _csv_rows(file: DataFile, handle: BinaryIO) -> Iterator[tuple[list[str], _CountedLines]]:
+    lines = _CountedLines(file, handle, skip_mark(file, handle))
+    reader = csv.reader(lines, strict=True)
+    with _long_fields():
+        try:
+            for row in reader:
+                if row:
+                    yield row, lines
+        except csv.Error as error:
+            raise DataError(
+                f"{file.path}, line {lines.lines}: malformed CSV: {error}. Required: fields "
+                "between commas, quoted where they hold commas, quotes or line ends."
+            ) from None
+
+
+def _csv_cuts(file: DataFile) -> Iterator[Cut]:
+    with opened(file) as handle:
+        stop = line = 0
+        for index, (_, lines) in enumerate(_csv_rows(file, handle)):
+            if index:
+                yield Cut(lines.stop, lines.stop - stop, lines.lines - line)
+                stop, line = lines.stop, lines.lines
+
+
+def _csv_header(file: DataFile) -> list[str]:
+    with opened(file) as handle:
+        for row, _ in _csv_rows(file, handle):
+            return row
+    return []
+
+
+def _read_csv(piece: Piece) -> Iterator[Any]:
+    header = _csv_header(piece.file)
+    text = piece_text(piece)
+    with _long_fields():
+        rows = [row for row in csv.reader(io.StringIO(text, newline="\n")) if row]
+    for row in rows[1:] if piece.start == 0 else rows:
+        if len(row) != len(header):
+            yield RowError(
+                f"{len(row)} fields, but the header has {len(header)}: {', '.join(header)}. "
+                "Required: as many fields as columns."
+            )
+        else:
+            yield dict(zip(header, row, strict=True))
+
+
+def _csv_line_number(piece: Piece, index: int) -> int:
+    with opened(piece.file) as handle:
+        before = 0
+        for row, (_, lines) in enumerate(_csv_rows(piece.file, handle)):
+            if row == piece.first_row + index + 1:
+                return before - (piece.first_line or 0)
+            before = lines.lines
+    raise AssertionError(f"{piece} has no row {index}")
+
+
+# --- tables: parquet and Arrow ---------------------------------------------------------------
+
+
+def _batches(file: DataFile) -> Iterator[Any]:
+    """Record batches of a parquet or Arrow file in order."""
+    import pyarrow as pa
+    from pyarrow import ipc
+    from pyarrow import parquet as pq
+
+    try:
+        if file.format == "parquet":
+            yield from pq.ParquetFile(file.path).iter_batches(batch_size=1024)
+            return
+        with pa.memory_map(file.path) as source:
+            if source.read(6) == b"ARROW1":
+                reader = ipc.open_file(source)
+                yield from map(reader.get_batch, range(reader.num_record_batches))
+            else:
+                source.seek(0)
+                yield from ipc.open_stream(source)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{file.path} cannot be read as {file.format}: {error}. Required: a whole file of that "
+            "format. Mend or replace it."
+        ) from error
+
+
+def _table_cuts(file: DataFile) -> Iterator[Cut]:
+    stop = 0
+    for batch in _batches(file):
+        share = max(1, batch.nbytes // max(1, batch.num_rows))
+        for _ in range(batch.num_rows):
+            stop += 1
+            yield Cut(stop, share, 0)
+
+
+def _read_table(piece: Piece) -> Iterator[Any]:
+    at = 0
+    for batch in _batches(piece.file):
+        first, last = max(piece.start - at, 0), min(piece.stop - at, batch.num_rows)
+        if first < last:
+            yield from batch.slice(first, last - first).to_pylist()
+        at += batch.num_rows
+        if at >= piece.stop:
+            return
+
+
+FORMATS: dict[str, _Format] = {
+    "json list": _Format(json_list.cuts, json_list.read, json_list.line_number),
+    "json lines": _Format(_line_cuts, _read_json_lines, _line_number),
+    "txt": _Format(_line_cuts, _read_text, _line_number),
+    "csv": _Format(_csv_cuts, _read_csv, _csv_line_number),
+    "parquet": _Format(_table_cuts, _read_table),
+    "arrow": _Format(_table_cuts, _read_table),
+}
+EXTENSIONS: dict[str, str] = {
+    "json": "json",
+    "jsonl": "json lines",
+    "txt": "txt",
+    "csv": "csv",
+    "parquet": "parquet",
+    "arrow": "arrow",
+}
+
+
+def recognise(path: Path) -> DataFile:
+    """The file with its format, by its extension; a .json file holds a list or lines.
+
+    Raises:
+        DataError: the extension is none of those that are read.
+    """
+    extension = path.suffix.removeprefix(".").lower()
+    if extension not in EXTENSIONS:
+        raise DataError(
+            f"{path} has the extension {extension!r}. Required: one of {_listed(EXTENSIONS)}."
+        )
+    name = EXTENSIONS[extension]
+    if name == "json":
+        name = "json list" if _begins_with_bracket(path) else "json lines"
+    return DataFile(str(path), name)
+
+
+def _begins_with_bracket(path: Path) -> bool:
+    file = DataFile(str(path), "json list")
+    with opened(file) as handle:
+        skip_mark(file, handle)
+        while chunk := handle.read(4096):
+            if chunk.strip():
+                return chunk.lstrip().startswith(b"[")
+    return False
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,292 @@
+"""The prepared data of a run: built at most once per content key, then only memory-mapped.
+
+    ref = prepared.ensure(arguments, model_dir, root=cache / "prepared")   # fast when it is there
+    table = prepared.open(ref).train
+
+A build is `plan`, `build_shard` for each of its shards in any process, and `commit`. A finished
+shard is never built again: a build that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from logging import getLogger
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmray import store
+from llmray.data import build, identity, sources
+from llmray.data.build import Plan, ShardReport
+from llmray.data.shards import Sample, SampleTable
+from llmray.errors import DataError
+
+if TYPE_CHECKING:
+    from llmray.arguments.run import RunArguments
+
+__all__ = [
+    "Plan",
+    "Prepared",
+    "PreparedRef",
+    "Sample",
+    "SampleTable",
+    "ShardReport",
+    "build_shard",
+    "commit",
+    "ensure",
+    "open",
+    "plan",
+    "verify",
+]
+
+log = getLogger("llmray")
+
+KIND = "prepared data"
+build_shard = build.build_shard
+
+
+@dataclass(frozen=True)
+class PreparedRef:
+    """Where prepared data lies, and its counts; picklable.
+
+    `fingerprint` holds, in JSON types, all that decided the data.
+    """
+
+    path: str
+    key: str
+    num_train: int
+    num_eval: int
+    num_tokens: int
+    num_targets: int
+    fingerprint: dict[str, Any] = field(repr=False, default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Opened prepared data: the rows to train on, and those to evaluate on by name."""
+
+    path: str
+    train: SampleTable
+    eval: dict[str, SampleTable]
+
+
+def ensure(
+    arguments: RunArguments, model_dir: Path | str, *, root: Path, run_token: str | None = None
+) -> PreparedRef:
+    """The prepared data of a run, built if it is not there.
+
+    Processes that come at the same time build it once. With `overwrite_cache` it is built anew,
+    once for all calls of the same run.
+
+    Args:
+        arguments: of the run.
+        model_dir: the folder of the tokenizer.
+        root: where prepared data lies.
+        run_token: a name of this run for `overwrite_cache`; the ranks of torchrun know their own.
+
+    Raises:
+        DataError: a set, a file or a row is missing or wrong.
+        StoreError: the data cannot be written.
+    """
+    root, model_dir = Path(root), Path(model_dir)
+    inputs = _inputs(arguments, model_dir, root)
+    target = str(root / inputs.key)
+    token = run_token or _run_token()
+    if not arguments.data.overwrite_cache and store.is_committed(target):
+        return _ref(target)
+    with _locked(root / f"{inputs.key}.lock"):
+        if store.is_committed(target) and not (
+            arguments.data.overwrite_cache and _metadata(target)["run_token"] != token
+        ):
+            return _ref(target)
+        if arguments.data.overwrite_cache:
+            store.remove(build.staging_of(target))
+        _build(inputs, arguments, model_dir, target, token)
+    return _ref(target)
+
+
+def plan(arguments: RunArguments, model_dir: Path | str, *, root: Path) -> Plan:
+    """All that the shards of a run's data need: files cut into pieces, tokenizer, template.
+
+    Raises:
+        DataError: a set or a file is missing, or cannot be read.
+    """
+    inputs = _inputs(arguments, Path(model_dir), Path(root))
+    return _plan(inputs, arguments, Path(model_dir), str(Path(root) / inputs.key))
+
+
+def commit(plan: Plan, *, run_token: str | None = None) -> PreparedRef:
+    """Make the finished shards of a plan the prepared data.
+
+    Raises:
+        DataError: rows are wrong, or none is left to train on.
+        StoreError: a shard is not finished.
+    """
+    reports = [build.finished(plan, index) for index in range(len(plan.shards))]
+    build.raise_problems(reports)
+    sums = {name: entry for report in reports for name, entry in report.files.items()}
+    counts = build.counts(plan, reports)
+    metadata = {
+        "kind": KIND,
+        "key": plan.key,
+        "run_token": run_token or _run_token(),
+        "built_at": time.time(),
+        "block_len": plan.block_len,
+        "tables": build.tables(plan, reports),
+        "counts": counts,
+        "inputs": plan.description,
+    }
+    if not counts["train_rows"]:
+        raise DataError(
+            "No row is left to train on: of "
+            f"{counts['read']} rows, {counts['without_target']} have no "
+            "response within cutoff_len, and the rest is empty or set aside for evaluation. "
+            "Take more data, raise cutoff_len, or lower val_size."
+        )
+    store.commit(Path(plan.staging), plan.target, metadata, sums)
+    return _ref(plan.target)
+
+
+def open(ref: PreparedRef | str | Path) -> Prepared:
+    """Memory-map prepared data; reads no tokens.
+
+    Raises:
+        StoreError, DataError: there is none at that place.
+    """
+    path = ref.path if isinstance(ref, PreparedRef) else str(ref)
+    metadata = _metadata(path)
+    tables = {
+        name: SampleTable([store.join(path, file) for file in files], metadata["block_len"])
+        for name, files in metadata["tables"].items()
+    }
+    return Prepared(path, tables.pop("train"), {k: v for k, v in tables.items() if len(v)})
+
+
+def verify(path: PreparedRef | str | Path) -> None:
+    """Compare every byte of prepared data with what was committed.
+
+    Raises:
+        StoreError, DataError: it is damaged, or none.
+    """
+    place = path.path if isinstance(path, PreparedRef) else str(path)
+    store.verify(place)
+    _metadata(place)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    train: list[sources.DataSet]
+    evaluation: list[sources.DataSet]
+    description: dict[str, Any]
+    key: str
+
+
+def _inputs(arguments: RunArguments, model_dir: Path, root: Path) -> _Inputs:
+    data = arguments.data
+    if not data.dataset:
+        raise DataError("No dataset is given. Name one or more of dataset_info.json in dataset.")
+    if not isinstance(data.dataset_dir, str):
+        raise DataError(
+            "dataset_dir is a mapping, which is not built yet. Name the folder of a "
+            f"{sources.INFO}."
+        )
+    train = sources.open_sets(data.dataset, data.dataset_dir, hub_root=root / "hub")
+    evaluation = sources.open_sets(data.eval_dataset, data.dataset_dir, hub_root=root / "hub")
+    digests = identity.Digests(root / "digests")
+    description = identity.describe(arguments, model_dir, train, evaluation, digests)
+    return _Inputs(train, evaluation, description, identity.key_of(description))
+
+
+def _plan(inputs: _Inputs, arguments: RunArguments, model_dir: Path, target: str) -> Plan:
+    for dataset in [*inputs.train, *inputs.evaluation]:
+        sources.check_columns(dataset)
+    return build.make_plan(
+        build.Job(inputs.key, target, inputs.description, inputs.train, inputs.evaluation),
+        arguments,
+        model_dir,
+    )
+
+
+def _build(
+    inputs: _Inputs, arguments: RunArguments, model_dir: Path, target: str, token: str
+) -> None:
+    started = time.perf_counter()
+    store.sweep(Path(target).parent)
+    made = _plan(inputs, arguments, model_dir, target)
+    build.run(made, num_workers=arguments.data.preprocessing_num_workers or 1)
+    commit(made, run_token=token)
+    _report(_metadata(target)["counts"], time.perf_counter() - started)
+
+
+def _report(counts: Mapping[str, Any], seconds: float) -> None:
+    parts = [f"{counts['train_rows']} rows to train on"]
+    if counts["eval_rows"]:
+        parts.append(f"{counts['eval_rows']} to evaluate on")
+    parts.append(f"{counts['tokens']} tokens, {counts['targets']} of them targets")
+    parts.append(f"{counts['truncated']} rows cut to cutoff_len")
+    if counts["empty"]:
+        parts.append(f"{counts['empty']} empty rows left out")
+    log.info("data prepared in %.1f s: %s", seconds, "; ".join(parts))
+    if counts["without_target"]:
+        log.warning(
+            "data: %d rows were left out, since within cutoff_len no response is left of them; the "
+            "first is %s",
+            counts["without_target"],
+            counts["first_without_target"],
+        )
+
+
+def _metadata(path: str) -> dict[str, Any]:
+    metadata = store.read_manifest(path).metadata
+    if metadata.get("kind") != KIND:
+        raise DataError(f"{path} holds no prepared data. Name a folder that llmray prepared.")
+    return metadata
+
+
+def _ref(path: str) -> PreparedRef:
+    metadata = _metadata(path)
+    counts = metadata["counts"]
+    return PreparedRef(
+        path=path,
+        key=metadata["key"],
+        num_train=counts["train_rows"],
+        num_eval=counts["eval_rows"],
+        num_tokens=counts["tokens"],
+        num_targets=counts["targets"],
+        fingerprint=metadata["inputs"],
+    )
+
+
+_calls = 0
+
+
+def _run_token() -> str:
+    """A name of this call that the ranks of one torchrun share; else one that nothing has."""
+    global _calls
+    _calls += 1
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return uuid.uuid4().hex
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
+    shared = [os.environ.get(name, "") for name in names]
+    return "/".join([*shared, str(os.getppid()), str(_calls)])
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with store.explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("data: another process is preparing it; waiting")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

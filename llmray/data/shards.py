@@ -1,0 +1,139 @@
+"""Shards: Arrow files of token lists, written from numpy buffers, and read by memory-mapping.
+
+A shard's file holds one record batch. A `SampleTable` is rows over the shards of a table: the
+lists themselves, or blocks of a fixed length laid over all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import ipc
+
+from llmray import store
+from llmray.data.features import RowFeatures
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row: its tokens, and which of them are targets; the first never is."""
+
+    input_ids: np.ndarray  # (T,) int32
+    target_mask: np.ndarray  # (T,) bool
+
+
+def write(path: Path, rows: Sequence[RowFeatures]) -> None:
+    """Write rows as a shard; the same rows give the same bytes.
+
+    Raises:
+        StoreError: the file cannot be written.
+    """
+    columns = {
+        "input_ids": _lists([row.input_ids for row in rows]),
+        "targets": _lists([np.array(row.targets, np.int32) for row in rows]),
+        "num_targets": pa.array(np.array([row.num_targets for row in rows], np.int32)),
+    }
+    batch = pa.record_batch(columns)
+    with (
+        store.replacing(path) as unfinished,
+        pa.OSFile(str(unfinished), "wb") as sink,
+        ipc.new_file(sink, batch.schema) as writer,
+    ):
+        writer.write_batch(batch)
+
+
+def _lists(arrays: Sequence[np.ndarray]) -> Any:
+    offsets = np.zeros(len(arrays) + 1, np.int32)
+    np.cumsum([len(array) for array in arrays], out=offsets[1:])
+    values = np.concatenate([*arrays, np.empty(0, np.int32)])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+class _Shard:
+    """The columns of a shard's file, as views of its memory-mapped bytes."""
+
+    def __init__(self, path: str) -> None:
+        with pa.memory_map(path) as source:
+            batch = ipc.open_file(source).get_batch(0)
+        self.ids, self.offsets = _views(batch.column("input_ids"))
+        self.runs, self.run_offsets = _views(batch.column("targets"))
+        self.num_targets = batch.column("num_targets").to_numpy()
+
+
+def _views(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    return column.values.to_numpy(), column.offsets.to_numpy()
+
+
+class SampleTable:
+    """Rows over the memory-mapped shards of a table.
+
+    Attributes:
+        lengths: tokens of each row, (num_rows,) int32.
+        target_counts: targets of each row, (num_rows,) int32.
+    """
+
+    def __init__(self, paths: Sequence[str], block_len: int | None = None) -> None:
+        """Open shards.
+
+        Args:
+            paths: files of the shards in order.
+            block_len: lay the tokens of all shards into blocks of this length, the last one
+                shorter, all of it learned; None: a row is what it was when the shard was written.
+        """
+        self._shards = [_Shard(path) for path in paths]
+        sizes = [len(shard.ids) for shard in self._shards]
+        self._token_starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self._is_blocks = block_len is not None
+        if block_len is not None:
+            total = int(self._token_starts[-1])
+            self._bounds = np.append(np.arange(0, total, block_len, dtype=np.int64), total)
+            self.lengths = np.diff(self._bounds).astype(np.int32)
+            self.target_counts = self.lengths - 1
+            return
+        rows = [len(shard.num_targets) for shard in self._shards]
+        self._row_starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
+        none = [np.empty(0, np.int32)]
+        self.lengths = np.concatenate([np.diff(s.offsets) for s in self._shards] or none)
+        self.target_counts = np.concatenate([s.num_targets for s in self._shards] or none)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self._block(index) if self._is_blocks else self._row(index)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows."""
+        return int(self._token_starts[-1])
+
+    def _row(self, index: int) -> Sample:
+        number = int(np.searchsorted(self._row_starts, index, "right")) - 1
+        shard, row = self._shards[number], index - int(self._row_starts[number])
+        ids = shard.ids[shard.offsets[row] : shard.offsets[row + 1]]
+        mask = np.zeros(len(ids), np.bool_)
+        runs = shard.runs[shard.run_offsets[row] : shard.run_offsets[row + 1]]
+        for start, stop in runs.reshape(-1, 2).tolist():
+            mask[start:stop] = True
+        return Sample(ids, mask)
+
+    def _block(self, index: int) -> Sample:
+        start, stop = int(self._bounds[index]), int(self._bounds[index + 1])
+        number = int(np.searchsorted(self._token_starts, start, "right")) - 1
+        parts = []
+        while start < stop:
+            first = int(self._token_starts[number])
+            part = self._shards[number].ids[start - first : stop - first]
+            parts.append(part)
+            start, number = start + len(part), number + 1
+        ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        mask = np.ones(len(ids), np.bool_)
+        mask[0] = False
+        return Sample(ids, mask)
