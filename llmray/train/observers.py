@@ -90,7 +90,7 @@ def describe(record: Record) -> str:
         parts.append(f"loss {record['loss']:.4f}")
         parts.append(f"lr {record['lr']:.3g}")
         parts.append(f"{record['tokens_per_second']:.0f} tokens/s")
-    parts += [f"{key} {value:.4f}" for key, value in record.items() if key.startswith("eval_")]
+    parts += [f"{key} {record[key]:.4f}" for key in record if key.endswith("_loss")]
     parts.append(f"ETA {record['remaining_time']}")
     return ", ".join(parts)
 
