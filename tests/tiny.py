@@ -82,6 +82,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere2": {"sliding_window": 5, "logit_scale": 0.25, "layer_types": WINDOWS},
     "olmo3": {"sliding_window": 5, "layer_types": WINDOWS},
     "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
+    "hyperclovax": {"logits_scaling": 0.25},
+    "minicpm3": {
+        "dim_model_base": 16,  # logits are divided by hidden_size over this
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    },
     "gpt_oss": {
         "head_dim": 8,
         "sliding_window": 5,
