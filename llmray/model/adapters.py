@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from llmray import hub
 from llmray.arguments.model import ModelArguments
@@ -46,10 +47,10 @@ def create(model: PreTrainedModel, arguments: RunArguments) -> PeftModel:
         lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
         lora_dropout=settings.lora_dropout,
         use_rslora=settings.use_rslora,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear_modules(model).values()),
         target_modules=targets,
         modules_to_save=list(whole) or None,
         ensure_weight_tying=_would_untie(model, whole),
-        base_model_name_or_path=arguments.model.model_name_or_path,
     )
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _no_advice():

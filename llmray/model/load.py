@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -36,7 +37,7 @@ def load_config(model_dir: Path | str, model_args: ModelArguments) -> Pretrained
             return AutoConfig.from_pretrained(
                 model_dir, trust_remote_code=model_args.trust_remote_code
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise _unreadable(Path(model_dir), error) from error
 
 
