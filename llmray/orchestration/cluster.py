@@ -10,7 +10,8 @@ import os
 import platform
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from logging import getLogger
 from pathlib import Path
@@ -154,11 +155,13 @@ def on_nodes(
 
 
 def check_versions(nodes: Sequence[Node]) -> None:
-    """Compare what decides a run's numbers on every node with this process.
+    """Compare what decides a run's numbers on these nodes with this process.
 
     Raises:
         ClusterError: names every node that differs, and both versions.
     """
+    if not nodes:
+        return
     if environment.version_check_disabled(os.environ):
         log.warning("DISABLE_VERSION_CHECK is set: versions on the nodes are not compared")
         return
@@ -202,7 +205,7 @@ def check_visible(nodes: Sequence[Node], directory: str, key: str) -> None:
     Raises:
         ClusterError: names the nodes that do not see it; `key` is what set the directory.
     """
-    if store.is_uri(directory) or len(nodes) < 2:
+    if store.is_uri(directory) or not nodes:
         return
     probe = store.join(directory, ".tmp-probe")
     content = os.urandom(16).hex()
@@ -220,7 +223,7 @@ def check_exists(nodes: Sequence[Node], path: str, key: str) -> None:
     Raises:
         ClusterError: names the nodes that do not have it.
     """
-    if len(nodes) < 2 or not os.path.exists(path):
+    if not nodes or not os.path.exists(path):
         return
     _refuse_unseen(nodes, on_nodes(nodes, os.path.exists, path), path, key)
 
@@ -251,13 +254,26 @@ def _authenticate(address: str | None) -> None:
     from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined]
 
     try:
-        GcsClient(address=address)
+        with _silent_stderr():  # Ray's C++ part writes what the exception says
+            GcsClient(address=address)
     except AuthenticationError as error:
         if not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
             raise ClusterError(_cannot_connect(address, error)) from error
         setup._enable_token_auth()
     except (RayError, ValueError, RuntimeError) as error:
         raise ClusterError(_cannot_connect(address, error)) from error
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _cannot_connect(address: str | None, error: Exception) -> str:

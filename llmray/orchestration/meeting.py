@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
@@ -66,9 +68,9 @@ def check_meeting_point(addr: str, port: int) -> None:
         with socket.create_server((addr, port)):
             return
     except OSError as error:
-        own = socket.gethostbyname(socket.gethostname())
+        own, why = ray.util.get_node_ip_address(), os.strerror(error.errno or 0)
         raise ClusterError(
-            f"Workers cannot meet at {addr}:{port} ({error.strerror}): rank 0 is on {own}. "
+            f"Workers cannot meet at {addr}:{port} ({why}): rank 0 is on {own}. "
             "master_addr must be an address of its machine and master_port free there; leave both "
             "out, and they are chosen."
         ) from error

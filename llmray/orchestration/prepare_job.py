@@ -1,7 +1,7 @@
 """Model and data made ready on the nodes, once, before any worker exists.
 
-One node: in the driver. Several: as a task on each that can hold a worker; where they share the
-cache the first builds and the others find what it made, where they do not each builds its own.
+The driver's node first, if it can hold a worker, in the driver itself. Other nodes then find what
+was made, where they share the cache; where they do not, each makes its own as a task.
 """
 
 from __future__ import annotations
@@ -52,35 +52,51 @@ def prepare(
         LlmrayError: the model or the data cannot be had.
         ClusterError: nodes came to different data.
     """
-    if [node.node_id for node in nodes] == [driver_node]:
-        return ready_here(arguments, {})
-    refs: list[prepared.PreparedRef] = []
-    # one after the other: the first builds, and where the cache is shared the rest only look
-    for node in sorted(nodes, key=lambda node: node.node_id != driver_node):
-        found = cluster.on_nodes(
-            [node],
-            ready_here,
-            arguments,
-            dict(environ.secrets),
-            env_vars=environ.open_vars,
-            num_cpus=min(1.0, node.resources.get("CPU", 0.0)),
-            timeout_s=None,
-        )
-        refs += found.values()
-    if len({ref.key for ref in refs}) > 1:
+    others = [node for node in nodes if node.node_id != driver_node]
+    if len(others) < len(nodes):
+        first = ready_here(arguments, {})
+    else:
+        [first] = _on_nodes(arguments, others[:1], environ)
+    if not others:
+        return first[1]
+    # where the cache is shared they have it now, and the rest need not even look for it
+    seen = cluster.on_nodes(others, _has, [str(first[0]), first[1].path])
+    rest = _on_nodes(arguments, [node for node in others if not seen[node.node_id]], environ)
+    keys = {ref.key for _, ref in [first, *rest]}
+    if len(keys) > 1:
         raise ClusterError(
-            f"The data set comes out differently on {len(refs)} nodes: keys "
-            f"{', '.join(sorted({ref.key[:12] for ref in refs}))}. All nodes need the same data "
-            "files, model and llmray: put them on shared storage."
+            f"The data set comes out differently on {len(nodes)} nodes: keys "
+            f"{', '.join(sorted(key[:12] for key in keys))}. All nodes need the same data files, "
+            "model and llmray: put them on shared storage."
         )
-    return refs[0]
+    return first[1]
 
 
-def ready_here(arguments: RunArguments, secrets: Mapping[str, str]) -> prepared.PreparedRef:
+def _on_nodes(
+    arguments: RunArguments, nodes: Sequence[Node], environ: Environment
+) -> list[tuple[Path, prepared.PreparedRef]]:
+    found = cluster.on_nodes(
+        nodes,
+        ready_here,
+        arguments,
+        dict(environ.secrets),
+        env_vars=environ.open_vars,
+        timeout_s=None,
+    )
+    return list(found.values())
+
+
+def _has(paths: Sequence[str]) -> bool:
+    return all(os.path.isdir(path) for path in paths)
+
+
+def ready_here(
+    arguments: RunArguments, secrets: Mapping[str, str]
+) -> tuple[Path, prepared.PreparedRef]:
     """Resolve the model and build the prepared data set on this machine."""
     os.environ.update(secrets)
     model_dir = hub.resolve(arguments.model.model_name_or_path, arguments.model)
-    return prepared.ensure(arguments, model_dir, root=prepared_root())
+    return model_dir, prepared.ensure(arguments, model_dir, root=prepared_root())
 
 
 def prepared_root() -> Path:

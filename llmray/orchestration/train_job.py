@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -26,7 +27,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from llmray import store
 from llmray.arguments import environment
-from llmray.errors import ArgumentsError, ClusterError
+from llmray.errors import ArgumentsError, ClusterError, LlmrayError
 from llmray.orchestration import board as boards
 from llmray.orchestration import cluster, prepare_job, worker
 from llmray.orchestration.failures import FailureRule, describe
@@ -155,11 +156,12 @@ class _Driver:
         for note in placement.notes:
             log.info("%s", note)
         nodes = [n for n in inventory.nodes if capacity(n, placement.resources)]
-        self._check(nodes)
-        open_vars, secrets = ({}, {}) if self.is_ours else cluster.split_environment(os.environ)
+        nodes = nodes or list(inventory.nodes)
         here = ray.get_runtime_context().get_node_id()
+        self._check([node for node in nodes if node.node_id != here])
+        open_vars, secrets = ({}, {}) if self.is_ours else cluster.split_environment(os.environ)
         tasks_see = prepare_job.Environment(open_vars, secrets)
-        prepared = prepare_job.prepare(arguments, nodes or list(inventory.nodes), here, tasks_see)
+        prepared = prepare_job.prepare(arguments, nodes, here, tasks_see)
         self._clear_run_dir()
         job = boards.Job(
             arguments=arguments,
@@ -182,9 +184,8 @@ class _Driver:
         return 0
 
     def _check(self, nodes: list[Node]) -> None:
-        """Compare the nodes with this process, before anything is loaded."""
-        if len(nodes) > 1:
-            cluster.check_versions(nodes)
+        """Compare the other nodes with this process, before anything is loaded."""
+        cluster.check_versions(nodes)
         storage = store.parent(self.run_dir)
         cluster.check_visible(nodes, storage, "ray_storage_path")
         model = self.arguments.model
@@ -284,7 +285,9 @@ class _Driver:
         for _, failure in ray.get(board.failures.remote()):
             return failure
         if isinstance(error, ControllerError):
-            return error.controller_failure
+            error = error.controller_failure
+        if isinstance(error, RayTaskError) and isinstance(error.cause, LlmrayError):
+            return error.cause
         if isinstance(error, WorkerGroupError):
             what = describe(error.worker_failures)
             allowed = self.arguments.cluster.ray_max_failures

@@ -248,6 +248,7 @@ class _Part:
                     names += write_state(directory / STATE, "replicated", replicated)
                 if self.resumable:
                     names += write_state(directory / STATE, _rank_name(self.world.rank), per_rank)
+                store.share(directory)
                 sums = store.seal(directory, names)
             if store.is_uri(self.target):
                 store.upload(directory, self.target)

@@ -1,0 +1,112 @@
+"""`llmray train` on a cluster: placement, refusals, errors, signals, secrets, files."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+
+def test_final_files_are_in_output_dir_and_checkpoints_in_the_run_directory(undisturbed):
+    final = set(os.listdir(undisturbed.output_dir))
+    expected = {"model.safetensors", "config.json", "tokenizer.json", "trainer_log.jsonl"}
+    expected |= {"train_results.json", "all_results.json", "run_arguments.yaml"}
+    assert expected <= final
+    assert not [name for name in final if name.startswith((".", "checkpoint"))]
+    kept = {name for name in os.listdir(undisturbed.run_dir) if name.startswith("checkpoint-")}
+    assert kept == {"checkpoint-4", "checkpoint-8", "checkpoint-12"}
+    assert [record["current_steps"] for record in undisturbed.log()] == list(range(1, 13))
+
+
+def test_first_line_says_which_cluster_and_pack_takes_one_node(undisturbed, ray_address):
+    assert undisturbed.lines[0] == f"Ray: joined the cluster at {ray_address}, 3 node(s)"
+    assert len(undisturbed.nodes()) == 1
+    assert "Traceback" not in undisturbed.text
+
+
+def test_secret_is_in_no_file_no_output_and_no_runtime_environment(undisturbed, ray_cluster):
+    canary = b"canary-7f3a9c"
+    assert canary.decode() not in undisturbed.text
+    assert not any(canary in environ for environ in undisturbed.environs)
+    places = [Path(ray_cluster[1]), undisturbed.run_dir, undisturbed.output_dir]
+    files = [path for place in places for path in place.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert [path for path in files if canary in path.read_bytes()] == []
+
+
+def test_losses_equal_those_of_one_process_without_ray(undisturbed, launch, ray_home):
+    """Two workers with batches of 2 and one process with batches of 4 take the same steps."""
+    alone = launch("alone", address=None, use_ray=False, per_device_train_batch_size=4)
+    assert alone.finish() == 0, alone.text
+    losses = [(record["loss"], record["lr"]) for record in alone.log()]
+    expected = [(record["loss"], record["lr"]) for record in undisturbed.log()]
+    for ours, theirs in zip(expected, losses, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    assert expected[-1][0] < expected[0][0]
+
+
+def test_more_workers_than_the_cluster_holds_are_refused(launch, ray_address):
+    run = launch("too-many", address=ray_address, ray_num_workers=9)
+    assert run.finish() == 1
+    assert "needs 9 CPU (9 workers with 1 each), the cluster has 6" in run.text
+    assert "Traceback" not in run.text
+    assert not run.output_dir.exists()
+
+
+def test_strict_placement_that_cannot_be_is_refused(launch, ray_address):
+    run = launch(
+        "too-strict",
+        address=ray_address,
+        ray_num_workers=4,
+        placement_strategy="STRICT_SPREAD",
+    )
+    assert run.finish() == 1
+    assert "STRICT_SPREAD needs 4 nodes" in run.text
+    assert "has 3 such nodes of 3" in run.text
+
+
+def test_error_of_the_user_in_a_worker_is_one_message_and_no_retry(
+    undisturbed, launch, ray_address
+):
+    run = launch("undisturbed", address=ray_address)
+    assert run.output_dir == undisturbed.output_dir
+    assert run.finish() == 1
+    assert "is at step 12 of 12: 0 steps remain" in run.text
+    assert "attempt 2" not in run.text
+    assert "Traceback" not in run.text
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_saves_and_ends_and_the_run_goes_on(
+    undisturbed, launch, ray_address, gone, name, code
+):
+    run = launch(f"stopped-{name}", address=ray_address, placement_strategy="SPREAD")
+    pids = run.pids()
+    run.wait_for(r"step 2/12")
+    # Ctrl-C reaches every process of the terminal's group
+    os.killpg(run.process.pid, getattr(signal, name))
+    assert run.finish() == code, run.text
+    assert gone(pids.values())
+    stopped = run.log()[-1]["current_steps"]
+    assert stopped < 12
+    assert (run.run_dir / f"checkpoint-{stopped}" / "manifest.json").is_file()
+    assert len(run.nodes()) == 2
+    if name == "SIGINT":
+        return
+    again = launch(f"stopped-{name}", address=ray_address, resume_from_checkpoint=True)
+    assert again.finish() == 0, again.text
+    assert f"step {stopped} of 12, {12 - stopped} steps remain" in again.text
+    assert again.weights() == undisturbed.weights()
+
+
+def test_without_a_cluster_one_is_started_and_ended(launch, undisturbed, gone):
+    keys = {"max_steps": 2, "save_strategy": "no", "ray_init_kwargs": {"address": "local"}}
+    run = launch("private", address=None, **keys)
+    started = run.wait_for(r"Ray: started a local cluster")
+    assert started.start() == 0
+    pids = run.pids()
+    assert run.finish() == 0, run.text
+    assert gone(pids.values())
+    assert "canary" not in run.text
