@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from report import Report, gflops
-from trainings import Measured, ours, peer
+from trainings import Measured, ours, peer, peer_versions
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face."
 LOSS_TOLERANCE = 1e-3
@@ -108,6 +108,7 @@ def compare(
         if {one.tokens for one in runs} != {measured[OURS][0].tokens}:
             report.failures.append(f"{name}: not the same number of tokens")
     report.facts = [
+        f"The peer's environment: {peer_versions(options.peer_python)}.",
         f"Medians of {options.pairs} alternating rounds of {measured[OURS][0].tokens} real tokens.",
         f"Ceiling: {speed:.0f} GFLOP/s in fp32 products, measured last, would be {ceiling:.0f} "
         "real tokens/s if nothing else took time.",

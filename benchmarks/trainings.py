@@ -84,6 +84,17 @@ def peer(run: Mapping[str, Any], directory: Path, threads: int, python: str) -> 
     )
 
 
+def peer_versions(python: str) -> str:
+    """The versions in the peer's environment that decide its figures."""
+    code = (
+        "from importlib.metadata import version as v\n"
+        "names = 'llamafactory', 'torch', 'transformers', 'peft'\n"
+        "print(', '.join(f'{n} {v(n)}' for n in names))"
+    )
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def _write_run(run: Mapping[str, Any], directory: Path, out: Path) -> Path:
     directory.mkdir(parents=True)
     file = directory / "run.yaml"
