@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
@@ -166,7 +167,7 @@ def _convert(gguf: Path, directory: Path) -> None:
             )
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, LookupError, struct.error) as error:
         if isinstance(error, ModelError | store.StoreError):
             raise
         first_line = str(error).strip().split("\n")[0]
