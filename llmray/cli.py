@@ -83,6 +83,11 @@ def train(words: list[str]) -> int:
     """Train as the run file says: on Ray, under torchrun, or in this process."""
     _speak()
     arguments = _with_absolute_paths(_load(words))
+    if not arguments.training.do_train:
+        raise ArgumentsError(
+            "do_train=false: there is nothing to do, since runs that only evaluate are not built "
+            "yet. Set do_train: true."
+        )
     from llmray import launch
 
     ranks = launch.plan(arguments.ray_enabled, os.environ)

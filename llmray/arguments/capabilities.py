@@ -165,6 +165,10 @@ NOT_BUILT: dict[str, Gap] = {
             isinstance(value, str) and value != "ONLINE" and not value.startswith("REMOTE:")
         ),
     ),
+    "data_shared_file_system": Gap(
+        "Sharing prepared data between nodes by this key is not built yet: nodes that share "
+        f"LLMRAY_CACHE build it once, others once each. {_REMOVE}"
+    ),
     "eval_on_each_dataset": Gap(f"Separate losses of evaluation sets are not built yet. {_REMOVE}"),
     **_family(f"Streaming is not built yet. {_REMOVE}", "streaming", "buffer_size"),
     **_family(

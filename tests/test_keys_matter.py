@@ -1,0 +1,561 @@
+"""Every key that works, shown to work: two values, and something seen that must differ.
+
+`ROWS` holds one row for each key that is accepted away from its default; a test compares it with
+the declarations, so a key can neither be forgotten here nor be accepted and ignored. Most rows
+train a tiny model for a few steps in this process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import make_model, make_tokenizer
+
+from llmray import cli, hub, local
+from llmray import run as runs
+from llmray.arguments import capabilities
+from llmray.arguments.run import FIELDS, load
+from llmray.data import prepared
+from llmray.errors import ClusterError
+from llmray.model.load import load_model
+from llmray.run import Context, run
+from llmray.serve import answering
+from llmray.train import optimizers, precision
+from llmray.train.engine import Engine
+from llmray.train.observers import read_log
+from llmray.train.parallel import World
+
+Keys = dict[str, Any]
+
+# performance only: these change how fast a run is, never what it computes
+CHANGES_NOTHING = {
+    "report_to",  # of its values, and of those of fsdp, only those that ask for nothing are built
+    "fsdp",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context",
+    "preprocessing_batch_size",
+    "preprocessing_num_workers",
+}
+
+
+@dataclass
+class Site:
+    """A folder with a tiny model, an adapter's place and data sets."""
+
+    root: Path
+    num_runs: int = 0
+
+    def arguments(self, keys: Keys) -> Any:
+        self.num_runs += 1
+        base = {
+            "stage": "sft",
+            "do_train": True,
+            "model_name_or_path": "@model",
+            "template": "chatml",
+            "dataset": "short",
+            "dataset_dir": "@data",
+            "cutoff_len": 64,
+            "finetuning_type": "lora",
+            "lora_rank": 2,
+            "lora_dropout": 0.0,
+            "learning_rate": 0.01,
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "fp32": True,
+            "report_to": "none",
+            "output_dir": f"@run-{self.num_runs}",
+        }
+        merged = {key: value for key, value in {**base, **keys}.items() if value is not ...}
+        for key, value in merged.items():
+            if isinstance(value, str) and value.startswith("@"):
+                merged[key] = str(self.root / value[1:])
+        return load(merged, environ={})
+
+    def train(self, keys: Keys) -> Path:
+        arguments = self.arguments(keys)
+        model_dir = hub.resolve(arguments.model.model_name_or_path, arguments.model)
+        ref = prepared.ensure(arguments, model_dir, root=self.root / "prepared")
+        world = World.single(torch.device("cpu"))
+        output = arguments.training.output_dir
+        run(arguments, Context(world, output, ref, model_dir, lambda: None))
+        return Path(output)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    root = tmp_path_factory.mktemp("keys")
+    for name, amplify in (("model", 2.0), ("other_model", 3.0)):
+        make_tokenizer(root / name)
+        make_model(root / name, "llama", amplify=amplify)
+    for name, first in (("data", 1), ("other_data", 2)):
+        write_data(root / name, first)
+    made = Site(root)
+    (made.train({"lora_rank": 3, "learning_rate": 0.1})).rename(root / "adapter")
+    return made
+
+
+def write_data(directory: Path, first: int) -> None:
+    directory.mkdir()
+    short = [
+        {"instruction": f"Say {i} words.", "output": " ".join(["word"] * i), "text": f"Text {i}."}
+        for i in range(first, first + 12)
+    ]
+    turns = [
+        {
+            "conversations": [
+                {"from": "human", "value": f"Question {i}?"},
+                {"from": "gpt", "value": "First."},
+                {"from": "human", "value": "And then?"},
+                {"from": "gpt", "value": "Second answer."},
+            ]
+        }
+        for i in range(8)
+    ]
+    text = [{"text": f"Some text of number {i}. " * 3} for i in range(12)]
+    sets = {"short": short, "other": short[:6], "turns": turns, "text": text}
+    info: dict[str, Any] = {name: {"file_name": f"{name}.json"} for name in sets}
+    info["turns"]["formatting"] = "sharegpt"
+    info["text"]["columns"] = {"prompt": "text"}
+    for name, rows in {**sets, "dataset_info": info}.items():
+        (directory / f"{name}.json").write_text(json.dumps(rows))
+
+
+# ---- what is seen of a run ------------------------------------------------------------------
+
+
+def curve(output: Path) -> list[tuple[float, ...]]:
+    log = read_log(output / "trainer_log.jsonl")
+    return [(r["loss"], r["lr"], r["grad_norm"]) for r in log if "loss" in r]
+
+
+def files(output: Path) -> set[str]:
+    return {
+        str(path.relative_to(output))
+        for path in output.rglob("*")
+        if path.is_file() and "state/" not in str(path)
+    }
+
+
+def resumable(output: Path) -> list[str]:
+    return sorted(str(path.relative_to(output)) for path in output.glob("checkpoint-*/state/*"))
+
+
+def tensors(output: Path) -> set[tuple[str, tuple[int, ...], str]]:
+    found = set()
+    for path in output.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a handle, not a mapping)
+                tensor = file.get_tensor(name)
+                found.add((name, tuple(tensor.shape), str(tensor.dtype)))
+    return found
+
+
+def weights(output: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(output.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in sorted(file.keys()):
+                digest.update(file.get_tensor(name).float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def steps(output: Path, key: str = "loss") -> list[int]:
+    log = read_log(output / "trainer_log.jsonl")
+    return [record["current_steps"] for record in log if key in record]
+
+
+def evaluation(output: Path) -> tuple[float, float]:
+    results = json.loads((output / "eval_results.json").read_text())
+    return results["eval_loss"], round(results["eval_samples_per_second"] * results["eval_runtime"])
+
+
+def num_rows(output: Path) -> int:
+    return json.loads((output / "train_results.json").read_text())["train_tokens"]
+
+
+# ---- keys that a training run shows -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """Two values of a key, what is looked at, and what else the run needs.
+
+    A value that begins with @ names a folder of the site; `...` leaves a key away.
+    """
+
+    first: Any
+    second: Any
+    see: Callable[[Path], Any] = curve
+    keys: Keys = field(default_factory=dict)
+
+
+FREEZE = {"finetuning_type": "freeze", "freeze_trainable_layers": 1}
+FULL = {"finetuning_type": "full"}
+TEXT = {"stage": "pt", "dataset": "text", "template": ...}
+EPOCHS = {"max_steps": -1, "num_train_epochs": 1}
+VALIDATION = {"val_size": 0.25, "eval_strategy": "steps", "eval_steps": 2}
+SAVES = {"save_strategy": "steps", "save_steps": 2}
+ADAPTER = {"adapter_name_or_path": "@adapter", "lora_rank": 3}
+
+ROWS: dict[str, Row] = {
+    "model_name_or_path": Row("@model", "@other_model"),
+    "adapter_name_or_path": Row(..., "@adapter"),
+    "create_new_adapter": Row(False, True, weights, ADAPTER),
+    "train_from_scratch": Row(False, True, keys=FULL),
+    "template": Row("chatml", "default"),
+    "dataset": Row("short", "short,other", num_rows, EPOCHS),
+    "eval_dataset": Row("other", "turns", evaluation, {"do_eval": True}),
+    "dataset_dir": Row("@data", "@other_data"),
+    "cutoff_len": Row(64, 24),
+    "train_on_prompt": Row(False, True),
+    "mask_history": Row(False, True, keys={"dataset": "turns"}),
+    "max_samples": Row(..., 3),
+    "val_size": Row(0.25, 5, evaluation, {"do_eval": True}),
+    "packing": Row(True, False, keys=TEXT),
+    "default_system": Row(..., "Answer in one word."),
+    "stage": Row("sft", "pt"),
+    "finetuning_type": Row("lora", "freeze", files),
+    "pure_bf16": Row(False, True, tensors, {"fp32": ...}),
+    "disable_shuffling": Row(False, True),
+    "plot_loss": Row(False, True, files),
+    "additional_target": Row(..., "norm", tensors),
+    "lora_alpha": Row(4, 8, weights),
+    "lora_dropout": Row(0.0, 0.5, weights),
+    "lora_rank": Row(2, 3, tensors),
+    "lora_target": Row("all", "q_proj", tensors),
+    "use_rslora": Row(False, True, weights),
+    "freeze_trainable_layers": Row(1, -1, weights, FREEZE),
+    "freeze_trainable_modules": Row("all", "mlp", weights, FREEZE),
+    "freeze_extra_modules": Row(..., "embed_tokens", weights, FREEZE),
+    "learning_rate": Row(0.01, 0.02),
+    "weight_decay": Row(0.0, 0.5, weights),
+    "adam_beta1": Row(0.9, 0.5, weights),
+    "adam_beta2": Row(0.999, 0.5, weights),
+    "adam_epsilon": Row(1e-8, 1.0, weights),
+    "max_grad_norm": Row(0.0, 1e-3, weights, {"adam_epsilon": 1e-3}),
+    "lr_scheduler_type": Row("cosine", "constant"),
+    "warmup_ratio": Row(0.0, 0.5),
+    "warmup_steps": Row(0, 2),
+    "do_eval": Row(False, True, files, {"val_size": 0.25}),
+    "per_device_train_batch_size": Row(2, 3),
+    "gradient_accumulation_steps": Row(1, 2),
+    "num_train_epochs": Row(1, 2, steps, {"max_steps": -1}),
+    "max_steps": Row(3, 4, steps),
+    "logging_steps": Row(1, 2, steps),
+    "logging_first_step": Row(False, True, steps, {"logging_steps": 3}),
+    "save_strategy": Row("no", "steps", files, {"save_steps": 2}),
+    "save_steps": Row(2, 3, files, {"save_strategy": "steps"}),
+    "save_total_limit": Row(..., 1, files, SAVES),
+    "save_only_model": Row(False, True, resumable, SAVES),
+    "eval_strategy": Row("no", "steps", files, {"val_size": 0.25, "eval_steps": 2}),
+    "eval_steps": Row(1, 2, partial(steps, key="eval_loss"), {**VALIDATION}),
+    "seed": Row(42, 43),
+    "data_seed": Row(42, 43),
+    "bf16": Row(False, True, keys={"fp32": ...}),
+    "fp16": Row(False, True, keys={"fp32": ...}),
+    "output_dir": Row("@first", "@second", str),
+}
+
+
+@pytest.mark.parametrize("key", ROWS)
+def test_training_differs(key: str, site: Site) -> None:
+    row = ROWS[key]
+    seen = [row.see(site.train({**row.keys, key: value})) for value in (row.first, row.second)]
+    assert seen[0] != seen[1]
+
+
+def test_the_same_run_twice_is_the_same(site: Site) -> None:
+    """What the rows above look at does not differ by itself."""
+    first, second = site.train({**VALIDATION, **SAVES}), site.train({**VALIDATION, **SAVES})
+    for see in (curve, files, tensors, weights, steps, evaluation, resumable, num_rows):
+        assert see(first) == see(second), see
+
+
+# ---- keys that something else shows -----------------------------------------------------------
+
+Seen = Callable[[Site, Keys, pytest.MonkeyPatch], Any]
+
+
+def loaded(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Any:
+    model = site.arguments(keys).model
+    where = {"dtype": torch.float32, "device": torch.device("cpu")}
+    return load_model(site.root / "model", model, **where, gradient_checkpointing=True)
+
+
+def implementation(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> str:
+    return loaded(site, keys, patch).config._attn_implementation
+
+
+def reentrant(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> bool:
+    layer = loaded(site, keys, patch).model.layers[0]
+    return layer._gradient_checkpointing_func.keywords["use_reentrant"]
+
+
+def checkpointing(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> bool:
+    context = Context(World.single(), "", None, site.root / "model", lambda: None)  # type: ignore[arg-type]
+    return runs._needs_checkpointing(site.arguments(keys), context, torch.tensor([9, 9]).numpy())
+
+
+def told(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> int:
+    lines: list[str] = []
+    for name in ("llmray.model.tuning.log", "llmray.model.load.log"):
+        for level in ("info", "warning"):
+            patch.setattr(f"{name}.{level}", lambda *words: lines.append(words[0]))
+    site.train({"max_steps": 1, **keys})
+    return len(lines)
+
+
+def asked_of_hub(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Keys:
+    asked: Keys = {}
+
+    def download(name: str, **settings: Any) -> str:
+        asked.update(settings)
+        return str(site.root / "model")
+
+    patch.setattr("huggingface_hub.snapshot_download", download)
+    hub.resolve("somebody/model", site.arguments(keys).model)
+    return asked
+
+
+def rebuilt(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> bool:
+    arguments, model = site.arguments(keys), site.root / "model"
+    times = []
+    for token in ("one", "two"):
+        ref = prepared.ensure(arguments, model, root=site.root / "rebuilt", run_token=token)
+        times.append(Path(ref.path, "manifest.json").stat().st_mtime_ns)
+    return times[0] != times[1]
+
+
+def fused(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> bool:
+    layer = torch.nn.Linear(2, 2)
+    options = site.arguments(keys).optimizer
+    return optimizers.build(layer, dict(layer.named_parameters()), options).defaults["fused"]
+
+
+def first_step(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> list[int]:
+    """Steps that the second of two runs in one directory makes itself."""
+    output = f"{site.root}/twice-{site.num_runs}"
+    common = {"output_dir": output, "save_strategy": "steps", "save_steps": 2}
+    patch.setenv("LLMRAY_CACHE", str(site.root / "cache"))
+    local.train(site.arguments({**common, "max_steps": 2}))
+    made: list[int] = []
+    patch.setattr(
+        Engine, "optim_step", counted(Engine.optim_step, lambda engine: made.append(engine.step))
+    )
+    local.train(site.arguments({**common, **keys}))
+    return made
+
+
+def counted(function: Callable[..., Any], note: Callable[[Any], None]) -> Callable[..., Any]:
+    def wrapped(*words: Any, **named: Any) -> Any:
+        note(words[0])
+        return function(*words, **named)
+
+    return wrapped
+
+
+def trains(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> str:
+    path = site.root / "file.yaml"
+    site.arguments(keys).save(path)
+    patch.setattr(local, "train", lambda arguments: 0)
+    return f"exit {cli.main(['train', str(path)])}"
+
+
+def evaluation_passes(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> int:
+    calls: list[Any] = []
+    patch.setattr(Engine, "logprobs", counted(Engine.logprobs, calls.append))
+    site.train({**VALIDATION, **keys})
+    return len(calls)
+
+
+def deterministic(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> bool:
+    try:
+        site.train({"max_steps": 1, **keys})
+        return torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def chosen_precision(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> str:
+    patch.setattr(precision, "_by_hardware", lambda device: ("bf16", "of this test"))
+    return precision.choose(site.arguments(keys), torch.device("cpu")).name
+
+
+def timeout(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> float:
+    seconds: list[float] = []
+
+    def meet(timeout_s: float) -> World:
+        seconds.append(timeout_s)
+        return World.single()
+
+    patch.setattr(local.World, "from_environment", meet)
+    patch.setenv("LLMRAY_CACHE", str(site.root / "cache"))
+    local.train(site.arguments({"max_steps": 1, **keys}))
+    return seconds[0]
+
+
+SEEN: dict[str, tuple[Any, Any, Seen]] = {
+    "flash_attn": ("sdpa", "disabled", implementation),
+    "use_reentrant_gc": (False, True, reentrant),
+    "disable_gradient_checkpointing": (False, True, checkpointing),
+    "print_param_status": (False, True, told),
+    "trust_remote_code": (False, True, told),
+    "cache_dir": ("@one", "@two", asked_of_hub),
+    "model_revision": ("main", "v2", asked_of_hub),
+    "hf_hub_token": ("one", "two", asked_of_hub),
+    "overwrite_cache": (False, True, rebuilt),
+    "optim": ("adamw_torch", "adamw_torch_fused", fused),
+    "resume_from_checkpoint": (True, False, first_step),
+    "overwrite_output_dir": (True, False, first_step),
+    "do_train": (True, False, trains),
+    "per_device_eval_batch_size": (1, 3, evaluation_passes),
+    "full_determinism": (False, True, deterministic),
+    "fp32": (..., True, chosen_precision),
+    "ddp_timeout": (60, 70, timeout),
+}
+
+
+@pytest.mark.parametrize("key", SEEN)
+def test_seen_elsewhere(key: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, see = {**SEEN, **CLUSTER, **GENERATING}[key]
+    seen = []
+    for value in (first, second):
+        with monkeypatch.context() as patch:
+            seen.append(see(site, {key: value}, patch))
+    assert seen[0] != seen[1]
+
+
+# ---- keys of the cluster: what Ray is asked for -------------------------------------------------
+
+
+def enabled(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> bool:
+    return site.arguments({"ray_num_workers": 2, **keys}).ray_enabled
+
+
+def directory(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> str:
+    from llmray.orchestration import train_job
+
+    return train_job.run_directory(site.arguments({"output_dir": "@out", **keys}))
+
+
+def trainer(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    """What Ray Train is given on a cluster of two nodes with four cores each."""
+    from llmray.orchestration import train_job
+    from llmray.orchestration.plan import Inventory, Node, place
+
+    cores = {"CPU": 4.0}
+    nodes = tuple(Node(name, f"127.0.0.{name}", cores) for name in "12")
+    inventory = Inventory(nodes, {"CPU": 8.0})
+    arguments = site.arguments({"resources_per_worker": {"CPU": 1}, **keys})
+    signals = train_job.StopSignals()
+    driver = train_job._Driver(arguments, f"{site.root}/ray", signals, None, False)
+    patch.setattr(train_job, "_Trainer", lambda loop, **given: given)
+    placement = place(arguments.cluster, inventory)
+    given: Any = driver._trainer(placement, inventory, None, {})  # type: ignore[arg-type]
+    scaling, meeting = given["scaling_config"], given["torch_config"]
+    return (
+        scaling.num_workers,
+        scaling.resources_per_worker,
+        scaling.placement_strategy,
+        given["run_config"].failure_config.max_failures,
+        meeting.master_addr,
+        meeting.master_port,
+    )
+
+
+def initialised(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Keys:
+    from llmray.orchestration import cluster
+
+    given: Keys = {}
+
+    def init(**named: Any) -> None:
+        given.update(named)
+        raise ConnectionError("not in this test")
+
+    patch.setattr(cluster.ray, "init", init)
+    with pytest.raises(ClusterError):
+        cluster.connect(site.arguments(keys).cluster)
+    return given
+
+
+CLUSTER: dict[str, tuple[Any, Any, Seen]] = {
+    "use_ray": (True, False, enabled),
+    "ray_run_name": (..., "named", directory),
+    "ray_storage_path": ("/one", "/two", directory),
+    "ray_num_workers": (1, 2, trainer),
+    "resources_per_worker": ({"CPU": 1}, {"CPU": 2}, trainer),
+    "placement_strategy": ("PACK", "SPREAD", trainer),
+    "ray_max_failures": (0, 5, trainer),
+    "master_addr": (..., "127.0.0.1", trainer),
+    "master_port": (..., 29999, trainer),
+    "ray_init_kwargs": (..., {"num_cpus": 1}, initialised),
+}
+
+
+@pytest.mark.parametrize("key", CLUSTER)
+def test_seen_by_ray(key: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_seen_elsewhere(key, site, monkeypatch)
+
+
+# ---- keys of generation: what transformers is asked for, and what is shown --------------------
+
+
+def drawn(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Keys:
+    generating = site.arguments(keys).generating
+    return answering.generation_config(generating, [2], 0).to_diff_dict()
+
+
+def answered(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> tuple[str, torch.dtype]:
+    answerer = answering.Answerer.load(site.arguments(keys))
+    start = answerer.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    return answerer.text([start, 40], plain=False), answerer.model.dtype
+
+
+def in_beams(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Keys:
+    return drawn(site, {"num_beams": 2, **keys}, patch)
+
+
+def without_new_tokens(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Keys:
+    return drawn(site, {"max_new_tokens": 0, **keys}, patch)
+
+
+GENERATING: dict[str, tuple[Any, Any, Seen]] = {
+    "do_sample": (True, False, drawn),
+    "temperature": (0.5, 0.9, drawn),
+    "top_p": (0.5, 0.9, drawn),
+    "top_k": (5, 9, drawn),
+    "num_beams": (1, 2, drawn),
+    "max_length": (20, 30, without_new_tokens),
+    "max_new_tokens": (20, 30, drawn),
+    "repetition_penalty": (1.0, 1.5, drawn),
+    "length_penalty": (1.0, 1.5, in_beams),
+    "skip_special_tokens": (True, False, answered),
+    "infer_dtype": ("float32", "bfloat16", answered),
+}
+
+
+@pytest.mark.parametrize("key", GENERATING)
+def test_seen_in_answers(key: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    test_seen_elsewhere(key, site, monkeypatch)
+
+
+def test_every_key_that_works_has_a_row() -> None:
+    gaps = {**capabilities.NOT_BUILT, **capabilities.NOT_SUPPORTED}
+    working = {key for key in FIELDS if key not in gaps or gaps[key].works is not None}
+    rows = {*ROWS, *SEEN, *CLUSTER, *GENERATING}
+    assert rows | CHANGES_NOTHING == working
+    assert not rows & CHANGES_NOTHING
