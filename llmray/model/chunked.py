@@ -134,7 +134,7 @@ class _FrozenHead(torch.autograd.Function):
         if needs_gradient:
             slopes = hidden.new_empty(hidden.shape, dtype=head.dtype)
             entropy_slopes = torch.empty_like(slopes) if wanted.entropy else None
-        for chunk in head.chunks(hidden, target_ids, keeps_logits=wanted.entropy):
+        for chunk in head.chunks(hidden, target_ids, wanted):
             collected.take(chunk)
             ones = torch.ones_like(chunk.logprobs)
             if entropy_slopes is not None:
@@ -178,7 +178,7 @@ class _TrainableHead(torch.autograd.Function):
         collected = _Collected(hidden, head, wanted)
         is_eager = habit.is_uniform and not wanted.entropy and hidden.device.type == "cpu"
         ctx.grads = _HeadGrads(head, hidden) if is_eager else None
-        for chunk in head.chunks(hidden, target_ids, keeps_logits=wanted.entropy):
+        for chunk in head.chunks(hidden, target_ids, wanted):
             collected.take(chunk)
             if ctx.grads is not None:
                 ctx.grads.add(chunk, torch.ones_like(chunk.logprobs), None)
@@ -196,7 +196,7 @@ class _TrainableHead(torch.autograd.Function):
                 return ready.times(of_logprob[:1].sum(), bias)
         head = _Head(weight, bias, ctx.form, ctx.product_dtype)
         found = _HeadGrads(head, hidden)
-        for chunk in head.chunks(hidden, target_ids, keeps_logits=of_entropy is not None):
+        for chunk in head.chunks(hidden, target_ids, Wanted(entropy=of_entropy is not None)):
             found.add(
                 chunk,
                 None if of_logprob is None else of_logprob[chunk.rows],
@@ -249,7 +249,7 @@ class _Head:
         self.form = form
         self.dtype = torch.promote_types(product_dtype, torch.float32)
 
-    def chunks(self, hidden: Tensor, target_ids: Tensor, *, keeps_logits: bool) -> Iterator[_Chunk]:
+    def chunks(self, hidden: Tensor, target_ids: Tensor, wanted: Wanted) -> Iterator[_Chunk]:
         """The chunks of all targets; each is valid until the next one is asked for."""
         num_targets = len(target_ids)
         size = min(_rows_per_chunk(len(self.weight), hidden.device), num_targets)
@@ -260,7 +260,7 @@ class _Head:
             for start in range(0, num_targets, max(size, 1)):
                 rows = slice(start, min(start + size, num_targets))
                 logits = self._logits(hidden[rows], buffer)
-                yield _Chunk(self, rows, logits, target_ids[rows], keeps_logits)
+                yield _Chunk(self, rows, logits, target_ids[rows], wanted)
 
     def to_hidden(self, gradient: Tensor) -> Tensor:
         """(C, D) gradient of hidden states from the (C, V) gradient of the head's product."""
@@ -299,16 +299,17 @@ class _Chunk:
     """The logits of some targets, normalised in place, and the gradients that follow."""
 
     def __init__(
-        self, head: _Head, rows: slice, logits: Tensor, target_ids: Tensor, keeps_logits: bool
+        self, head: _Head, rows: slice, logits: Tensor, target_ids: Tensor, wanted: Wanted
     ) -> None:
         self.head = head
         self.rows = rows
         self.targets = target_ids[:, None]  # (C, 1)
-        self.top, likeliest = logits.max(1, keepdim=True)  # (C, 1)
-        self.is_top1 = (likeliest == self.targets).squeeze(1)
+        self.is_top1 = logits.argmax(1) == target_ids if wanted.top1 else None
+        self.top = logits.amax(1, keepdim=True)  # (C, 1)
         logits.sub_(self.top)
         chosen = logits.gather(1, self.targets)
-        self.logits = logits.clone() if keeps_logits or head.form.cap is not None else None
+        keeps_logits = wanted.entropy or head.form.cap is not None
+        self.logits = logits.clone() if keeps_logits else None
         self.exps = logits.exp_()
         self.sums = self.exps.sum(1, keepdim=True)  # (C, 1)
         self.logprobs = (chosen - self.sums.log()).squeeze(1)  # (C,)
@@ -362,7 +363,7 @@ class _Collected:
         self.logprobs[chunk.rows] = chunk.logprobs
         if self.entropy is not None:
             self.entropy[chunk.rows] = chunk.entropy()
-        if self.is_top1 is not None:
+        if self.is_top1 is not None and chunk.is_top1 is not None:
             self.is_top1[chunk.rows] = chunk.is_top1
 
     def returned(self, ctx: Any) -> tuple[Tensor | None, ...]:

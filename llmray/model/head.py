@@ -33,7 +33,7 @@ from llmray.model.chunked import (
 log = getLogger("llmray")
 
 NUM_CHECKED = 8  # positions at which the head is compared with the model's own logits
-AMPLIFIED = 200.0  # factor on their hidden states, so that a cap on the logits shows
+LARGEST = 1000.0  # what hidden states are scaled to there, as logits, so that a cap on them shows
 
 # fields of a configuration that multiply or divide the logits, and the one that caps them
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
@@ -168,7 +168,8 @@ def _form_is_right(base: PreTrainedModel, form: Form) -> bool:
     seen: list[Tensor] = []
 
     def amplify(module: nn.Module, args: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state * AMPLIFIED
+        peak = head(output.last_hidden_state).float().abs().max().clamp_min(1e-6)
+        output.last_hidden_state = (output.last_hidden_state * (LARGEST / peak)).to(base.dtype)
         seen.append(output.last_hidden_state)
         return output
 

@@ -69,6 +69,16 @@ def test_a_head_that_the_table_gets_wrong_is_found_and_circumvented(monkeypatch,
     torch.testing.assert_close(ours(rows.flat).logprobs.double(), expected, atol=4e-6, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "granite"])
+def test_the_table_is_checked_in_any_dtype(arch, dtype, monkeypatch):
+    assert not TokenModel(build_model(arch, amplify=4.0).to(dtype), flat=True).uses_own_head
+    monkeypatch.setattr(head, "CAPS", ())
+    monkeypatch.setattr(head, "DIVISORS", ())
+    wrong = TokenModel(build_model(arch, amplify=4.0).to(dtype), flat=True)
+    assert wrong.uses_own_head == (arch != "llama")
+
+
 @pytest.mark.parametrize("flat", [True, False])
 def test_the_own_forward_gives_what_the_head_gives(flat):
     rows, model = make_rows(), build_model("gemma2", amplify=4.0)
