@@ -12,13 +12,14 @@ import signal
 from logging import getLogger
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from llmray import hub
 from llmray.arguments import environment
 from llmray.arguments.run import RunArguments
 from llmray.data import prepared
 from llmray.errors import ArgumentsError
-from llmray.run import Context, run
+from llmray.run import Context, RunResult, run
 from llmray.train import checkpoint
 from llmray.train.observers import Console
 from llmray.train.parallel import World
@@ -33,7 +34,15 @@ def train(arguments: RunArguments) -> int:
     run_dir = arguments.training.output_dir
     if run_dir is None:
         raise ArgumentsError("output_dir is missing. A run needs a directory for its results.")
-    stop = StopSignals()
+    with StopSignals() as signals:
+        result = _train(arguments, run_dir, signals)
+    if result.stopped is not None:
+        log.info("stopped by %s after step %d, saved", result.stopped, result.steps)
+        return EXIT_CODES[result.stopped]
+    return 0
+
+
+def _train(arguments: RunArguments, run_dir: str, signals: StopSignals) -> RunResult:
     model_dir = hub.resolve(arguments.model.model_name_or_path, arguments.model)
     ref = prepared.ensure(arguments, model_dir, root=prepared_root())
     world = World.from_environment(arguments.training.ddp_timeout)
@@ -49,16 +58,12 @@ def train(arguments: RunArguments) -> int:
             run_dir=run_dir,
             prepared=ref,
             model_dir=model_dir,
-            stop=stop.reason,
+            stop=signals.reason,
             observers=(Console(),) if world.is_main else (),
         )
-        result = run(arguments, context)
+        return run(arguments, context)
     finally:
         world.close()
-    if result.stopped is not None:
-        log.info("stopped by %s after step %d, saved", result.stopped, result.steps)
-        return EXIT_CODES[result.stopped]
-    return 0
 
 
 def prepared_root() -> Path:
@@ -67,12 +72,20 @@ def prepared_root() -> Path:
 
 
 class StopSignals:
-    """Turns SIGINT and SIGTERM into a reason that the loop asks for."""
+    """Turns SIGINT and SIGTERM inside the block into a reason that the loop asks for."""
 
     def __init__(self) -> None:
         self._seen: list[str] = []
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def reason(self) -> str | None:
         """The name of the first signal that came, or None."""

@@ -70,7 +70,10 @@ class RunResult:
 
 @dataclass
 class _Training:
-    """The assembled parts of a run, and what a checkpoint of it holds."""
+    """The assembled parts of a run, and what a checkpoint of it holds.
+
+    `arguments` hold every choice that was left open as it was made.
+    """
 
     arguments: RunArguments
     context: Context
@@ -151,12 +154,18 @@ def _assemble(arguments: RunArguments, context: Context) -> _Training:
         shuffle=not finetuning.disable_shuffling,
     )
     pace = cadence(options, batches.steps_per_epoch)
+    recomputes = _needs_checkpointing(arguments, context, table.train.lengths)
+    resolved = arguments.replace(
+        **numbers.keys(),
+        disable_gradient_checkpointing=not recomputes,
+        use_ray=arguments.ray_enabled,
+    )
     hf_model = load.load_model(
         context.model_dir,
         arguments.model,
         dtype=numbers.load_dtype,
         device=world.device,
-        gradient_checkpointing=_needs_checkpointing(arguments, context, table.train.lengths),
+        gradient_checkpointing=recomputes,
     )
     reason = why_not_flat(hf_model)
     if reason is not None:
@@ -180,7 +189,7 @@ def _assemble(arguments: RunArguments, context: Context) -> _Training:
         return Rows(samples, flat=model.flat, pad_id=tokenizer.pad_token_id)
 
     return _Training(
-        arguments=arguments,
+        arguments=resolved,
         context=context,
         engine=engine,
         tokenizer=tokenizer,

@@ -28,6 +28,11 @@ class Precision:
     scales_loss: bool = False
     pure: bool = False
 
+    def keys(self) -> dict[str, bool]:
+        """The arguments that ask for exactly this."""
+        names = ("bf16", "fp16", "fp32", "pure_bf16")
+        return {name: name == self.name for name in names}
+
     def context(self, device: torch.device) -> AbstractContextManager[object]:
         """The context in which forward passes run."""
         if self.autocast is None:
