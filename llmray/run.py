@@ -87,6 +87,11 @@ class _Training:
     progress: Progress
     random: RandomState
 
+    def write_files(self, directory: Path) -> None:
+        """Write what users take from a run: weights, tokenizer, the run file."""
+        export.write_weights(self.engine.model.model, directory, self.tokenizer)
+        self.arguments.save(directory / "run_arguments.yaml")
+
     def fingerprint(self) -> dict[str, Any]:
         """What a resume compares: `identity` must be equal, `arguments` are only reported."""
         context, arguments = self.context, self.arguments
@@ -109,9 +114,9 @@ def run(arguments: RunArguments, context: Context) -> RunResult:
     _tune_allocator()
     if arguments.training.full_determinism:
         make_deterministic()
+    files = Artefacts(context.run_dir, is_main=context.world.is_main)
     training = _assemble(arguments, context)
     first_step = _resume(training)
-    files = Artefacts(context.run_dir, is_main=context.world.is_main)
     observers = _observers(training, files) if context.world.is_main else ()
     for observer in observers:
         observer.on_start(first_step, training.cadence.total_steps)
@@ -297,10 +302,6 @@ def _save(training: _Training, files: Artefacts, step: int) -> str:
     options = training.arguments.training
     files.publish()
 
-    def write_files(directory: Path) -> None:
-        export.write_weights(training.engine.model.model, directory, training.tokenizer)
-        training.arguments.save(directory / "run_arguments.yaml")
-
     replicated = {
         "engine": training.engine.state_dict(),
         "progress": training.progress.state_dict(),
@@ -312,7 +313,7 @@ def _save(training: _Training, files: Artefacts, step: int) -> str:
         world=training.context.world,
         replicated={} if options.save_only_model else replicated,
         per_rank={} if options.save_only_model else {"random": training.random.state_dict()},
-        write_files=write_files,
+        write_files=training.write_files,
         fingerprint=training.fingerprint(),
         keep=options.save_total_limit,
     )
@@ -340,8 +341,7 @@ def _finish(
     }
     metrics = {**train, **evals}
     if training.context.world.is_main:
-        export.write_weights(training.engine.model.model, files.directory, training.tokenizer)
-        training.arguments.save(files.directory / "run_arguments.yaml")
+        files.write_files(training.write_files)
         files.write_json("train_results.json", train)
         if evals:
             files.write_json("eval_results.json", {"epoch": epoch, **evals})

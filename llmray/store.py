@@ -314,12 +314,24 @@ def move(source: str | Path, target: str | Path) -> None:
         _fsync(Path(target).parent)
 
 
+def move_files(source: Path, target: Path) -> None:
+    """Rename every file of one local directory into another, each whole, over what is there."""
+    with explained(target):
+        for path in sorted(source.iterdir()):
+            _fsync(path)
+            os.replace(path, target / path.name)
+        _fsync(target)
+
+
 def share(directory: Path) -> None:
-    """Give local files the permissions that the umask allows; safetensors makes its own private."""
+    """Give a directory's weight files the permissions of the umask; safetensors makes them private.
+
+    Files of directories inside it are left alone.
+    """
     mask = os.umask(0)
     os.umask(mask)
-    for name in walk(directory):
-        (directory / name).chmod(0o666 & ~mask)
+    for path in directory.glob("*.safetensors"):
+        path.chmod(0o666 & ~mask)
 
 
 def uncommit(uri: str | Path) -> None:

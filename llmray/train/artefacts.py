@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from llmray.train.observers import LOG_NAME
 
 
 class Artefacts:
-    """The files of rank 0; on other ranks `directory` exists and nothing is published."""
+    """The files of rank 0; the other ranks write and publish nothing."""
 
     def __init__(self, run_dir: str, *, is_main: bool) -> None:
+        """Raises StoreError where rank 0 cannot write."""
         self.run_dir = run_dir
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._is_main = is_main
@@ -29,7 +31,16 @@ class Artefacts:
                 store.fetch(run_dir, [LOG_NAME], self.directory)
         else:
             self.directory = Path(run_dir)
-            self.directory.mkdir(parents=True, exist_ok=True)
+        if is_main:
+            self.write_json(".writable", {})
+            (self.directory / ".writable").unlink()
+
+    def write_files(self, write: Callable[[Path], None]) -> None:
+        """Let `write` fill a directory, then move its files here, each whole or not at all."""
+        with store.staging(self.directory / "files") as directory:
+            write(directory)
+            store.share(directory)
+            store.move_files(directory, self.directory)
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """Write `values` to the file `name`, whole or not at all."""

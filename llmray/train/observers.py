@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+from llmray import store
+
 Record = dict[str, Any]
 
 LOG_NAME = "trainer_log.jsonl"
@@ -37,11 +39,11 @@ class JsonLines(Observer):
     def on_start(self, step: int, total_steps: int) -> None:
         """Keep the lines up to `step`; those of steps that will be repeated go."""
         kept = [record for record in read_log(self.path) if record["current_steps"] <= step]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        store.write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def on_log(self, record: Record) -> None:
         """Append the line and flush it."""
-        with self.path.open("a") as file:
+        with store.explained(self.path), self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
 
