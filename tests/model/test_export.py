@@ -49,10 +49,14 @@ def test_weights_are_written_in_the_dtype_asked_for(tmp_path):
 
 
 def test_others_may_read_the_files_as_the_umask_says(tmp_path):
+    script = tmp_path / "out" / "sweep.sh"
+    script.parent.mkdir()
+    script.touch(0o700)
     old = os.umask(0o027)
     try:
         export.write_weights(build_model(), tmp_path / "out", make_tokenizer(tmp_path))
     finally:
         os.umask(old)
-    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
-    assert modes == {0o640}
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in script.parent.iterdir()}
+    assert modes.pop("sweep.sh") == 0o700
+    assert set(modes.values()) == {0o640}
