@@ -76,7 +76,7 @@ def llmray(*words: str) -> None:
 
 def indented(answer: str) -> str:
     """The answer with its further lines set under its first."""
-    return answer.replace("\n", "\n           ")
+    return answer.replace("\n", "\n          ")
 
 
 def say(*words: str) -> None:
