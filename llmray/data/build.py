@@ -1,9 +1,8 @@
-"""The work behind `prepared`: a plan of shards, a shard built, all of them in processes."""
+"""Shards built by a plan: one of them, or all in processes; and what came of them together."""
 
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import os
 import threading
@@ -11,76 +10,24 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from llmray import store
 from llmray.data import files, shards
-from llmray.data.conversation import Conversation, RowError, RowFormat, to_conversation
+from llmray.data.conversation import Conversation, RowError, to_conversation
 from llmray.data.encoding import Encoder
-from llmray.data.features import FEATURES, FeatureOptions, RowFeatures
+from llmray.data.features import FEATURES, RowFeatures
 from llmray.data.pieces import Piece
-from llmray.data.sources import DataSet
-from llmray.data.templates import Renderer
+from llmray.data.planning import Plan, Shard
 from llmray.errors import DataError, StoreError
 from llmray.store import FileSum
 
-if TYPE_CHECKING:
-    from llmray.arguments.run import RunArguments
-
-LEAST_SHARD_BYTES, MOST_SHARD_BYTES = 4 << 20, 64 << 20  # of source text
-NUM_SHARDS = 64  # wished for, within these bounds
 MOST_PROBLEMS = 10
+BATCH_CHARS = 1 << 22  # tokenizing takes about 100 bytes of memory a character
 TABLES = ("train", "eval")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be prepared: its key and place, what decides it, and the sets."""
-
-    key: str
-    target: str
-    description: dict[str, Any]
-    train: Sequence[DataSet]
-    evaluation: Sequence[DataSet]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Rows of one table that are built together.
-
-    `held_out` counts rows from the shard's first; they go to the table `eval` instead.
-    """
-
-    table: str
-    pieces: tuple[tuple[Piece, RowFormat], ...]
-    held_out: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that building needs, picklable. `block_len` is set where texts are laid into blocks."""
-
-    key: str
-    target: str
-    stage: str
-    tokenizer_json: str = field(repr=False)
-    renderer: Renderer | None = field(repr=False)
-    options: FeatureOptions
-    shards: tuple[Shard, ...] = field(repr=False)
-    block_len: int | None
-    batch_size: int
-    description: dict[str, Any] = field(repr=False)
-
-    @property
-    def staging(self) -> str:
-        """Where finished shards lie until all are."""
-        return staging_of(self.target)
 
 
 @dataclass(frozen=True)
@@ -91,120 +38,6 @@ class ShardReport:
     counts: dict[str, int]
     first_without_target: str | None = None
     problems: tuple[str, ...] = ()
-
-
-def staging_of(target: str) -> str:
-    """Where the shards of prepared data lie until it is committed."""
-    return f"{target}.building"
-
-
-def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
-    """The plan of a job; loads the tokenizer and reads the files once to cut them.
-
-    Raises:
-        DataError: a file cannot be read, or fewer rows are there than are to be set aside.
-        ModelError: there is no usable tokenizer.
-    """
-    from llmray.data import templates, tokenizer
-
-    data, stage = arguments.data, arguments.finetuning.stage
-    loaded = tokenizer.load_tokenizer(model_dir, arguments.model)
-    renderer = tokenizer.renderer(data, loaded) if FEATURES[stage].needs_response else None
-    packing = stage == "pt" and data.packing is not False
-    template = templates.find(data.template) if data.template else None
-    prefix, suffix = tokenizer.around_text(loaded, template) if stage == "pt" else ((), ())
-    cut = _cut([*job.train, *job.evaluation], data.max_samples)
-    train = _group(cut[: len(job.train)], "train")
-    num_rows = sum(_num_rows(shard) for shard in train)
-    return Plan(
-        key=job.key,
-        target=job.target,
-        stage=stage,
-        tokenizer_json=tokenizer.tokenizer_json(loaded),
-        renderer=renderer,
-        options=FeatureOptions(
-            data.cutoff_len, data.train_on_prompt, data.mask_history, packing, prefix, suffix
-        ),
-        shards=(
-            *_hold_out(train, held_out_rows(num_rows, data.val_size, arguments.training.seed)),
-            *_group(cut[len(job.train) :], "eval"),
-        ),
-        block_len=data.cutoff_len if packing else None,
-        batch_size=data.preprocessing_batch_size,
-        description=job.description,
-    )
-
-
-def held_out_rows(num_rows: int, val_size: float, seed: int) -> np.ndarray:
-    """Which rows are set aside for evaluation, in rising order.
-
-    Args:
-        num_rows: rows of all sets to train on.
-        val_size: a share below 1 (of which the rows are rounded up), or a number of rows.
-        seed: of the permutation that they are the head of.
-
-    Raises:
-        DataError: no row would be left.
-    """
-    count = math.ceil(num_rows * val_size) if val_size < 1 else int(val_size)
-    if count and count >= num_rows:
-        raise DataError(
-            f"val_size={val_size} sets {count} rows aside, and there are {num_rows}. Required: "
-            "rows left to train on. Lower val_size, or take more data."
-        )
-    chosen = np.random.Generator(np.random.PCG64(seed)).permutation(num_rows)[:count]
-    return np.sort(chosen)
-
-
-def _cut(sets: Sequence[DataSet], limit: int | None) -> list[list[tuple[Piece, RowFormat]]]:
-    """The pieces of each set, of its first `limit` rows."""
-    total = sum(os.stat(file.path).st_size for dataset in sets for file in dataset.files)
-    size = min(max(total // NUM_SHARDS, LEAST_SHARD_BYTES), MOST_SHARD_BYTES)
-    cut = []
-    for dataset in sets:
-        found: list[tuple[Piece, RowFormat]] = []
-        for file in dataset.files:
-            left = None if limit is None else limit - sum(piece.num_rows for piece, _ in found)
-            if left == 0:
-                break
-            found += [(piece, dataset.layout) for piece in files.cut(file, size, left)]
-        if not found:
-            names = ", ".join(file.path for file in dataset.files)
-            raise DataError(
-                f"{dataset.name} has no rows: {names}. Required: at least one. Mend the file, or "
-                "take another set."
-            )
-        cut.append(found)
-    return cut
-
-
-def _group(cut: Sequence[Sequence[tuple[Piece, RowFormat]]], table: str) -> list[Shard]:
-    """Shards of pieces; small files that follow one another share one."""
-    grouped: list[Shard] = []
-    waiting: list[tuple[Piece, RowFormat]] = []
-    size = 0
-    for piece, layout in (entry for entries in cut for entry in entries):
-        waiting.append((piece, layout))
-        is_table = piece.first_line is None
-        size += LEAST_SHARD_BYTES if is_table else piece.stop - piece.start
-        if size >= LEAST_SHARD_BYTES:
-            grouped.append(Shard(table, tuple(waiting)))
-            waiting, size = [], 0
-    return [*grouped, Shard(table, tuple(waiting))] if waiting else grouped
-
-
-def _num_rows(shard: Shard) -> int:
-    return sum(piece.num_rows for piece, _ in shard.pieces)
-
-
-def _hold_out(train: Sequence[Shard], held_out: np.ndarray) -> Iterator[Shard]:
-    first = 0
-    for shard in train:
-        last = first + _num_rows(shard)
-        low, high = np.searchsorted(held_out, [first, last])
-        rows = frozenset((held_out[low:high] - first).tolist())
-        yield Shard(shard.table, shard.pieces, rows)
-        first = last
 
 
 def build_shard(plan: Plan, index: int) -> ShardReport:
@@ -341,6 +174,7 @@ def _build_in_worker(index: int) -> ShardReport:
 
 
 Where = tuple[Piece, int]
+Found = tuple[Where, Conversation | RowError]
 
 
 def _outcomes(plan: Plan, shard: Shard) -> Iterator[tuple[int, Where, RowFeatures | RowError]]:
@@ -348,7 +182,7 @@ def _outcomes(plan: Plan, shard: Shard) -> Iterator[tuple[int, Where, RowFeature
     rows = _conversations(plan, shard)
     stage, encoder = FEATURES[plan.stage], _encoder(plan.tokenizer_json)
     number = 0
-    while batch := list(islice(rows, plan.batch_size)):
+    for batch in _batches(rows, plan.batch_size):
         right = [found for _, found in batch if isinstance(found, Conversation)]
         built = iter(stage.build(right, encoder, plan.renderer, plan.options))
         for where, found in batch:
@@ -357,7 +191,22 @@ def _outcomes(plan: Plan, shard: Shard) -> Iterator[tuple[int, Where, RowFeature
             number += 1
 
 
-def _conversations(plan: Plan, shard: Shard) -> Iterator[tuple[Where, Conversation | RowError]]:
+def _batches(rows: Iterator[Found], size: int) -> Iterator[list[Found]]:
+    """Rows that are tokenized at once: at most `size`, and few enough where they are long."""
+    batch: list[Found] = []
+    num_chars = 0
+    for where, found in rows:
+        batch.append((where, found))
+        if isinstance(found, Conversation):
+            num_chars += sum(len(message.content) for message in found.messages)
+        if len(batch) == size or num_chars >= BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
+
+
+def _conversations(plan: Plan, shard: Shard) -> Iterator[Found]:
     needs_response = FEATURES[plan.stage].needs_response
     for piece, layout in shard.pieces:
         for index, row in enumerate(files.read(piece)):

@@ -53,6 +53,16 @@ class ChatTemplateRenderer:
         """The text before the next response; see `templates.Renderer`."""
         return self._render(self._chat(messages, system), opens_response=True)
 
+    def check(self) -> None:
+        """Fail if the template does not write what a response says.
+
+        Raises:
+            RowError: it does not.
+        """
+        probe = Conversation((Message("user", "question"), Message("assistant", MARKER)))
+        if MARKER not in self.turns(probe)[0].target:
+            raise RowError("the tokenizer's chat template does not write responses.")
+
     def _chat(self, messages: Sequence[Message], system: str | None) -> Chat:
         said = self.default_system if system is None else system
         chat = [{"role": "system", "content": said}] if said else []

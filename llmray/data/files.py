@@ -182,14 +182,17 @@ class _CountedLines:
                 ) from None
 
 
-def _csv_rows(file: DataFile, handle: BinaryIO) -> Iterator[tuple[list[str], _CountedLines]]:
+def _csv_rows(file: DataFile, handle: BinaryIO) -> Iterator[tuple[list[str], int, _CountedLines]]:
+    """Rows that are not blank, each with the number of its first line, and what was taken."""
     lines = _CountedLines(file, handle, skip_mark(file, handle))
     reader = csv.reader(lines, strict=True)
     with _long_fields():
         try:
+            first_line = 0
             for row in reader:
                 if row:
-                    yield row, lines
+                    yield row, first_line, lines
+                first_line = lines.lines
         except csv.Error as error:
             raise DataError(
                 f"{file.path}, line {lines.lines}: malformed CSV: {error}. Required: fields "
@@ -200,7 +203,7 @@ def _csv_rows(file: DataFile, handle: BinaryIO) -> Iterator[tuple[list[str], _Co
 def _csv_cuts(file: DataFile) -> Iterator[Cut]:
     with opened(file) as handle:
         stop = line = 0
-        for index, (_, lines) in enumerate(_csv_rows(file, handle)):
+        for index, (_, _, lines) in enumerate(_csv_rows(file, handle)):
             if index:
                 yield Cut(lines.stop, lines.stop - stop, lines.lines - line)
                 stop, line = lines.stop, lines.lines
@@ -208,7 +211,7 @@ def _csv_cuts(file: DataFile) -> Iterator[Cut]:
 
 def _csv_header(file: DataFile) -> list[str]:
     with opened(file) as handle:
-        for row, _ in _csv_rows(file, handle):
+        for row, _, _ in _csv_rows(file, handle):
             return row
     return []
 
@@ -230,11 +233,9 @@ def _read_csv(piece: Piece) -> Iterator[Any]:
 
 def _csv_line_number(piece: Piece, index: int) -> int:
     with opened(piece.file) as handle:
-        before = 0
-        for row, (_, lines) in enumerate(_csv_rows(piece.file, handle)):
-            if row == piece.first_row + index + 1:
-                return before - (piece.first_line or 0)
-            before = lines.lines
+        for row, (_, first_line, _) in enumerate(_csv_rows(piece.file, handle)):
+            if row == piece.first_row + index + 1:  # the header is row 0
+                return first_line - (piece.first_line or 0)
     raise AssertionError(f"{piece} has no row {index}")
 
 

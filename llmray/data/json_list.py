@@ -77,10 +77,12 @@ class _Window:
                 f"{self._file.path}, near row {self._rows + 1} (line {self._lines + lines + 1}): "
                 f"{not_utf8(error)}"
             ) from None
+        if not raw:
+            return False
         self._count(self.position)
         self.text = self.text[self.position :] + more
         self.position = self._counted = 0
-        return bool(raw)
+        return True
 
     def may_be_cut(self, error: json.JSONDecodeError) -> bool:
         """Whether the error may come from the end of what is in memory alone."""

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmray import store
-from llmray.data import build, identity, sources
-from llmray.data.build import Plan, ShardReport
+from llmray.data import build, identity, planning, sources
+from llmray.data.build import ShardReport
+from llmray.data.planning import Plan
 from llmray.data.shards import Sample, SampleTable
 from llmray.errors import DataError
 
@@ -39,6 +40,7 @@ __all__ = [
     "build_shard",
     "commit",
     "ensure",
+    "key_of",
     "open",
     "plan",
     "verify",
@@ -105,9 +107,18 @@ def ensure(
         ):
             return _ref(target)
         if arguments.data.overwrite_cache:
-            store.remove(build.staging_of(target))
+            store.remove(planning.staging_of(target))
         _build(inputs, arguments, model_dir, target, token)
     return _ref(target)
+
+
+def key_of(arguments: RunArguments, model_dir: Path | str, *, root: Path) -> str:
+    """The content key of a run's data, whether it is prepared or not.
+
+    Raises:
+        DataError: a set or a file is missing.
+    """
+    return _inputs(arguments, Path(model_dir), Path(root)).key
 
 
 def plan(arguments: RunArguments, model_dir: Path | str, *, root: Path) -> Plan:
@@ -205,8 +216,8 @@ def _inputs(arguments: RunArguments, model_dir: Path, root: Path) -> _Inputs:
 def _plan(inputs: _Inputs, arguments: RunArguments, model_dir: Path, target: str) -> Plan:
     for dataset in [*inputs.train, *inputs.evaluation]:
         sources.check_columns(dataset)
-    return build.make_plan(
-        build.Job(inputs.key, target, inputs.description, inputs.train, inputs.evaluation),
+    return planning.make_plan(
+        planning.Job(inputs.key, target, inputs.description, inputs.train, inputs.evaluation),
         arguments,
         model_dir,
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmray.data import templates
 from llmray.data.chat_template import ChatTemplateRenderer
+from llmray.data.conversation import RowError
 from llmray.data.templates import Renderer, Template
 from llmray.errors import DataError, ModelError
 
@@ -99,7 +100,7 @@ def renderer(data_args: DataArguments, tokenizer: Any) -> Renderer:
     """What turns the conversations of a run into text.
 
     Raises:
-        DataError: no such template, or none is named and the tokenizer has no chat template.
+        DataError: no such template, or none is named and the tokenizer's own cannot be used.
     """
     if data_args.template is not None:
         template = templates.find(data_args.template)
@@ -109,11 +110,19 @@ def renderer(data_args: DataArguments, tokenizer: Any) -> Renderer:
             "template is not given, and the tokenizer has no chat template of its own. Name one: "
             f"template: {', '.join(sorted(templates.TEMPLATES))}."
         )
-    return ChatTemplateRenderer(
+    own = ChatTemplateRenderer(
         tokenizer.get_chat_template(),
         dict(tokenizer.special_tokens_map),
         data_args.default_system,
     )
+    try:
+        own.check()
+    except RowError as error:
+        raise DataError(
+            f"template is not given, and {error} Name one: template: "
+            f"{', '.join(sorted(templates.TEMPLATES))}."
+        ) from error
+    return own
 
 
 def tokenizer_json(tokenizer: Any) -> str:

@@ -1,0 +1,218 @@
+"""The plan of a build: which rows each shard holds, and all else that building one needs."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from logging import getLogger
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmray.data import files, templates, tokenizer
+from llmray.data.conversation import RowFormat
+from llmray.data.features import FEATURES, FeatureOptions
+from llmray.data.pieces import DataFile, Piece
+from llmray.data.sources import DataSet
+from llmray.data.templates import Renderer
+from llmray.errors import DataError
+
+if TYPE_CHECKING:
+    from llmray.arguments.run import RunArguments
+
+log = getLogger("llmray")
+
+LEAST_SHARD_BYTES, MOST_SHARD_BYTES = 4 << 20, 64 << 20  # of source text
+NUM_SHARDS = 64  # wished for, within these bounds
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be prepared: its key and place, what decides it, and the sets."""
+
+    key: str
+    target: str
+    description: dict[str, Any]
+    train: Sequence[DataSet]
+    evaluation: Sequence[DataSet]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows of one table that are built together.
+
+    `held_out` counts rows from the shard's first; they go to the table `eval` instead.
+    """
+
+    table: str
+    pieces: tuple[tuple[Piece, RowFormat], ...]
+    held_out: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that building needs, picklable. `block_len` is set where texts are laid into blocks."""
+
+    key: str
+    target: str
+    stage: str
+    tokenizer_json: str = field(repr=False)
+    renderer: Renderer | None = field(repr=False)
+    options: FeatureOptions
+    shards: tuple[Shard, ...] = field(repr=False)
+    block_len: int | None
+    batch_size: int
+    description: dict[str, Any] = field(repr=False)
+
+    @property
+    def staging(self) -> str:
+        """Where finished shards lie until all are."""
+        return staging_of(self.target)
+
+
+def staging_of(target: str) -> str:
+    """Where the shards of prepared data lie until it is committed."""
+    return f"{target}.building"
+
+
+def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
+    """The plan of a job; loads the tokenizer and reads the files once to cut them.
+
+    Raises:
+        DataError: a file cannot be read, or fewer rows are there than are to be set aside.
+        ModelError: there is no usable tokenizer.
+    """
+    data, stage = arguments.data, arguments.finetuning.stage
+    loaded = tokenizer.load_tokenizer(model_dir, arguments.model)
+    renderer = tokenizer.renderer(data, loaded) if FEATURES[stage].needs_response else None
+    packing = stage == "pt" and data.packing is not False
+    template = templates.find(data.template) if data.template else None
+    if template is not None and renderer is not None:
+        _warn_of_plain_text(data.template, template.end_of_turn, loaded)
+    prefix, suffix = tokenizer.around_text(loaded, template) if stage == "pt" else ((), ())
+    if stage == "pt":
+        _say_unread([*job.train, *job.evaluation])
+    cut = _cut([*job.train, *job.evaluation], data.max_samples)
+    train = _group(cut[: len(job.train)], "train")
+    num_rows = sum(_num_rows(shard) for shard in train)
+    return Plan(
+        key=job.key,
+        target=job.target,
+        stage=stage,
+        tokenizer_json=tokenizer.tokenizer_json(loaded),
+        renderer=renderer,
+        options=FeatureOptions(
+            data.cutoff_len, data.train_on_prompt, data.mask_history, packing, prefix, suffix
+        ),
+        shards=(
+            *_hold_out(train, held_out_rows(num_rows, data.val_size, arguments.training.seed)),
+            *_group(cut[len(job.train) :], "eval"),
+        ),
+        block_len=data.cutoff_len if packing else None,
+        batch_size=data.preprocessing_batch_size,
+        description=job.description,
+    )
+
+
+def _warn_of_plain_text(name: str | None, end_of_turn: str, loaded: Any) -> None:
+    if end_of_turn and not tokenizer.is_one_token(loaded, end_of_turn):
+        log.warning(
+            "template=%s ends responses with %s, which is no token of this tokenizer: it is "
+            "learned as plain text, and generation will not stop at it",
+            name,
+            end_of_turn,
+        )
+
+
+def held_out_rows(num_rows: int, val_size: float, seed: int) -> np.ndarray:
+    """Which rows are set aside for evaluation, in rising order.
+
+    Args:
+        num_rows: rows of all sets to train on.
+        val_size: a share below 1 (of which the rows are rounded up), or a number of rows.
+        seed: of the permutation that they are the head of.
+
+    Raises:
+        DataError: no row would be left.
+    """
+    count = math.ceil(num_rows * val_size) if val_size < 1 else int(val_size)
+    if count and count >= num_rows:
+        raise DataError(
+            f"val_size={val_size} sets {count} rows aside, and there are {num_rows}. Required: "
+            "rows left to train on. Lower val_size, or take more data."
+        )
+    chosen = np.random.Generator(np.random.PCG64(seed)).permutation(num_rows)[:count]
+    return np.sort(chosen)
+
+
+def _cut(sets: Sequence[DataSet], limit: int | None) -> list[list[tuple[Piece, RowFormat]]]:
+    """The pieces of each set, of its first `limit` rows."""
+    total = sum(os.stat(file.path).st_size for dataset in sets for file in dataset.files)
+    size = min(max(total // NUM_SHARDS, LEAST_SHARD_BYTES), MOST_SHARD_BYTES)
+    cut = []
+    for dataset in sets:
+        found: list[tuple[Piece, RowFormat]] = []
+        for file in dataset.files:
+            left = None if limit is None else limit - sum(piece.num_rows for piece, _ in found)
+            if left == 0:
+                break
+            found += [(piece, dataset.layout) for piece in files.cut(file, size, left)]
+        if not found:
+            names = ", ".join(file.path for file in dataset.files)
+            raise DataError(
+                f"{dataset.name} has no rows: {names}. Required: at least one. Mend the file, or "
+                "take another set."
+            )
+        cut.append(found)
+    return cut
+
+
+def _group(cut: Sequence[Sequence[tuple[Piece, RowFormat]]], table: str) -> list[Shard]:
+    """Shards of pieces; small files that follow one another share one."""
+    grouped: list[Shard] = []
+    waiting: list[tuple[Piece, RowFormat]] = []
+    size = 0
+    for piece, layout in (entry for entries in cut for entry in entries):
+        waiting.append((piece, layout))
+        is_table = piece.first_line is None
+        size += LEAST_SHARD_BYTES if is_table else piece.stop - piece.start
+        if size >= LEAST_SHARD_BYTES:
+            grouped.append(Shard(table, tuple(waiting)))
+            waiting, size = [], 0
+    return [*grouped, Shard(table, tuple(waiting))] if waiting else grouped
+
+
+def _say_unread(sets: Sequence[DataSet]) -> None:
+    """Say of sets with responses that stage pt does not read these."""
+    for dataset in sets:
+        rows = (row for file in dataset.files[:1] for row in _first_rows(file))
+        response = dataset.layout.column("response")
+        if any(isinstance(row, Mapping) and row.get(response or "") for row in rows):
+            log.info(
+                "%s: stage pt learns the text of column %s alone, not that of %s",
+                dataset.name,
+                dataset.layout.column("prompt"),
+                response,
+            )
+
+
+def _first_rows(file: DataFile) -> Iterator[Any]:
+    for piece in files.cut(file, LEAST_SHARD_BYTES, limit=1):
+        yield from files.read(piece)
+
+
+def _num_rows(shard: Shard) -> int:
+    return sum(piece.num_rows for piece, _ in shard.pieces)
+
+
+def _hold_out(train: Sequence[Shard], held_out: np.ndarray) -> Iterator[Shard]:
+    first = 0
+    for shard in train:
+        last = first + _num_rows(shard)
+        low, high = np.searchsorted(held_out, [first, last])
+        rows = frozenset((held_out[low:high] - first).tolist())
+        yield Shard(shard.table, shard.pieces, rows)
+        first = last

@@ -1,0 +1,186 @@
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from llmray.data.conversation import Conversation, Message, RowError
+from llmray.data.encoding import Encoded, Encoder
+from llmray.data.features import (
+    FeatureOptions,
+    RowFeatures,
+    budgets,
+    supervised,
+    texts,
+)
+from llmray.data.templates import Turn
+
+
+@dataclass(frozen=True)
+class Letters:
+    """A renderer whose sources are small letters and whose targets are capital ones."""
+
+    def turns(self, conversation: Conversation) -> list[Turn]:
+        pairs = zip(conversation.messages[::2], conversation.messages[1::2], strict=True)
+        return [Turn(prompt.content, response.content) for prompt, response in pairs]
+
+    def prompt(self, messages: Sequence[Message], system: str | None = None) -> str:
+        raise RowError("not asked for")
+
+
+class OneTokenALetter:
+    """An encoder whose ids are the code points of the text."""
+
+    def encode(self, wholes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        bounds = np.cumsum([0, *map(len, wholes)])
+        return np.array([ord(letter) for letter in "".join(wholes)], np.int32), bounds
+
+    def encode_parts(self, parts: Sequence[Sequence[str]]) -> Encoded:
+        ids, bounds = self.encode(["".join(part) for part in parts])
+        borders = [np.cumsum([len(text) for text in part]).tolist() for part in parts]
+        return Encoded(ids, bounds, borders)
+
+
+ENCODER = cast("Encoder", OneTokenALetter())
+
+
+def dialogue(*words: str) -> Conversation:
+    roles: list[Any] = ["user", "assistant"]
+    return Conversation(tuple(Message(roles[i % 2], word) for i, word in enumerate(words)))
+
+
+def shown(row: Any) -> tuple[str, str]:
+    """The kept text, and the same with all but the targets blanked out."""
+    assert isinstance(row, RowFeatures)
+    text = "".join(map(chr, row.input_ids))
+    learned = np.zeros(len(text), bool)
+    for start, stop in zip(row.targets[::2], row.targets[1::2], strict=True):
+        learned[start:stop] = True
+    assert row.num_targets == learned.sum()
+    return text, "".join(
+        letter if is_target else "." for letter, is_target in zip(text, learned, strict=True)
+    )
+
+
+def build(conversation: Conversation, cutoff_len: int = 100, **options: Any) -> RowFeatures:
+    made = FeatureOptions(cutoff_len, **options)
+    [row] = supervised([conversation], ENCODER, Letters(), made)
+    assert isinstance(row, RowFeatures)
+    return row
+
+
+def test_responses_are_targets() -> None:
+    row = build(dialogue("ab", "CD", "e", "FG"))
+    assert shown(row) == ("abCDeFG", "..CD.FG")
+    assert row.targets == (2, 4, 5, 7)
+    assert not row.is_truncated
+
+
+def test_train_on_prompt_learns_all_but_the_first_token() -> None:
+    row = build(dialogue("ab", "CD", "e", "FG"), train_on_prompt=True)
+    assert shown(row) == ("abCDeFG", ".bCDeFG")
+    assert row.targets == (1, 7)
+
+
+def test_mask_history_learns_the_last_response_alone() -> None:
+    row = build(dialogue("ab", "CD", "e", "FG", "h", "IJ"), mask_history=True)
+    assert shown(row) == ("abCDeFGhIJ", "........IJ")
+
+
+def test_the_first_token_is_no_target_even_of_a_response() -> None:
+    assert shown(build(dialogue("", "CD"))) == ("CD", ".D")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kept"),
+    [
+        # target 3 is below half of 10: kept whole, the source gets the other 7
+        ((20, 3, 10), (7, 3)),
+        # source 4 is below half of 10: kept whole, the target gets the other 6
+        ((4, 20, 10), (4, 6)),
+        # neither: the target gets int(10 * 12 / 20) = 6
+        ((8, 12, 10), (4, 6)),
+        # half is not below half: int(10 * 5 / 25) = 2 of the target
+        ((20, 5, 10), (8, 2)),
+        ((5, 20, 10), (2, 8)),
+        # int(3 * 2 / 9) = 0: no target is left
+        ((7, 2, 3), (3, 0)),
+        ((1, 1, 10), (1, 1)),
+    ],
+)
+def test_budgets_by_worked_examples(lengths: tuple[int, int, int], kept: tuple[int, int]) -> None:
+    assert budgets(*lengths) == kept
+
+
+def test_a_long_row_is_cut_turn_by_turn_from_the_first() -> None:
+    """Room 10: turn 1 needs 3 + 3, all kept; 4 remain: the target (1) is below half, source 3."""
+    row = build(dialogue("abc", "DEF", "ghijk", "L", "m", "N"), cutoff_len=10)
+    assert row.is_truncated
+    assert shown(row) == ("abcDEFghiL", "...DEF...L")
+
+
+def test_with_mask_history_the_last_turn_gets_its_room_first() -> None:
+    """Room 10: the last turn needs 1 + 1, the second 5 + 1; 2 remain for abc and DEF: 1 and 1."""
+    conversation = dialogue("abc", "DEF", "ghijk", "L", "m", "N")
+    row = build(conversation, cutoff_len=10, mask_history=True)
+    assert shown(row) == ("aDghijkLmN", ".........N")
+
+
+def test_turns_that_do_not_fit_leave_the_row() -> None:
+    """Room 4: int(4 * 3 / 6) = 2 of DEF; the room is used up, so the rest is not there."""
+    assert shown(build(dialogue("abc", "DEF", "g", "H"), cutoff_len=4)) == ("abDE", "..DE")
+
+
+@pytest.mark.parametrize("length", [49, 98, 107])
+def test_a_row_of_exactly_the_cutoff_is_not_cut(length: int) -> None:
+    """Though int(49 * (1 / 49)) is 0 in floating point."""
+    row = build(dialogue("a" * (length - 1), "B"), cutoff_len=length)
+    assert not row.is_truncated
+    assert row.num_targets == 1
+
+
+def test_a_row_without_a_target_says_so() -> None:
+    row = build(dialogue("abcdefg", "HI"), cutoff_len=3)
+    assert shown(row) == ("abc", "...")
+    assert row.targets == ()
+
+
+def test_a_row_that_cannot_be_written_is_an_error_in_its_place() -> None:
+    class Refusing(Letters):
+        def turns(self, conversation: Conversation) -> list[Turn]:
+            if conversation.messages[0].content == "bad":
+                raise RowError("no")
+            return super().turns(conversation)
+
+    rows = supervised(
+        [dialogue("a", "B"), dialogue("bad", "B"), dialogue("c", "D")],
+        ENCODER,
+        Refusing(),
+        FeatureOptions(10),
+    )
+    assert [type(row) for row in rows] == [RowFeatures, RowError, RowFeatures]
+    assert shown(rows[2]) == ("cD", ".D")
+
+
+@pytest.mark.parametrize(
+    ("packing", "expected"),
+    [
+        # blocks are laid over whole texts later
+        (True, [("^abcdef$", ".abcdef$"), ("^a$", ".a$")]),
+        (False, [("^abc", ".abc"), ("^a$", ".a$")]),
+    ],
+)
+def test_texts_have_their_ends_and_are_cut_only_where_they_stand_alone(
+    packing: bool, expected: list[tuple[str, str]]
+) -> None:
+    options = FeatureOptions(4, packing=packing, text_prefix=(ord("^"),), text_suffix=(ord("$"),))
+    rows = texts([dialogue("abcdef"), dialogue("a")], ENCODER, None, options)
+    assert [shown(row) for row in rows] == expected
+    assert [cast("RowFeatures", row).is_truncated for row in rows] == [not packing, False]
+
+
+def test_a_blank_text_is_empty() -> None:
+    [row] = texts([dialogue(" \n")], ENCODER, None, FeatureOptions(4, text_suffix=(1,)))
+    assert isinstance(row, RowFeatures)
+    assert len(row.input_ids) == 0

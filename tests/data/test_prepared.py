@@ -1,0 +1,544 @@
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmray import store
+from llmray.arguments.run import RunArguments, load
+from llmray.data import planning, prepared
+from llmray.errors import DataError, StoreError
+
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "and",
+    "does",
+    "not",
+    "mind",
+    "what",
+    "is",
+    "it",
+]
+
+
+def write_rows(folder: Path, count: int = 40) -> None:
+    draw = np.random.default_rng(0)
+    rows = [
+        {
+            "instruction": f"{i} " + " ".join(draw.choice(WORDS, 5)),
+            "output": " ".join(draw.choice(WORDS, draw.integers(1, 40))),
+        }
+        for i in range(count)
+    ]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    (folder / "rows.jsonl").write_text(lines + "\n")
+    (folder / "texts.txt").write_text("\n".join(row["output"] for row in rows))
+    (folder / "other.json").write_text(json.dumps(rows[:7]))
+    info = {
+        "rows": {"file_name": "rows.jsonl"},
+        "texts": {"file_name": "texts.txt", "columns": {"prompt": "text"}},
+        "other": {"file_name": "other.json"},
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_rows(tmp_path)
+    for path in tmp_path.iterdir():  # older than what may still be changing
+        os.utime(path, (1e9, 1e9))
+    return tmp_path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "prepared"
+
+
+def arguments(folder: Path, **keys: Any) -> RunArguments:
+    given = {
+        "model_name_or_path": "tiny",
+        "stage": "sft",
+        "do_train": True,
+        "dataset": "rows",
+        "dataset_dir": str(folder),
+        "output_dir": str(folder / "out"),
+        "cutoff_len": 64,
+    }
+    return load({**given, **keys})
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "LEAST_SHARD_BYTES", 700)
+
+
+def files_of(path: str) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(Path(path).glob("*.arrow"))}
+
+
+def copied(model: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in model.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+        os.utime(target / path.name, (1e9, 1e9))
+    return target
+
+
+def test_rows_are_prepared_once_and_found_again(
+    folder: Path, root: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copied(tiny_llama_dir, folder / "model")
+    ref = prepared.ensure(arguments(folder), model, root=root)
+    table = prepared.open(ref)
+    assert (ref.num_train, ref.num_eval, len(table.train), table.eval) == (40, 0, 40, {})
+    assert ref.num_tokens == table.train.num_tokens == table.train.lengths.sum()
+    assert ref.num_targets == table.train.target_counts.sum()
+    sample = table.train[3]
+    assert not sample.target_mask[0]
+    assert sample.target_mask.sum() == table.train.target_counts[3]
+    assert pickle.loads(pickle.dumps(ref)) == ref
+    assert json.loads(json.dumps(ref.fingerprint)) == ref.fingerprint
+
+    def not_again(*args: Any) -> None:
+        raise AssertionError("a second run reads and builds nothing")
+
+    monkeypatch.setattr("hashlib.file_digest", not_again)
+    monkeypatch.setattr(prepared, "_build", not_again)
+    assert prepared.ensure(arguments(folder), model, root=root) == ref
+
+
+def test_a_second_run_loads_no_tokenizer_and_no_torch(
+    folder: Path, root: Path, tiny_llama_dir: Path
+) -> None:
+    given = arguments(folder)
+    ref = prepared.ensure(given, tiny_llama_dir, root=root)
+    given.save(folder / "run.yaml")
+    code = (
+        "import sys; from pathlib import Path; from llmray.arguments.run import load\n"
+        "from llmray.data import prepared\n"
+        f"ref = prepared.ensure(load({str(folder / 'run.yaml')!r}), "
+        f"{str(tiny_llama_dir)!r}, root=Path({str(root)!r}))\n"
+        "assert len(prepared.open(ref).train[0].input_ids)\n"
+        "print(ref.key, *(n for n in ('torch', 'transformers', 'datasets') if n in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [ref.key]
+
+
+# --- the content key --------------------------------------------------------------------------
+
+CHANGES: dict[str, Callable[[Path], Any]] = {
+    "cutoff_len": lambda folder: {"cutoff_len": 65},
+    "template": lambda folder: {"template": "qwen"},
+    "default_system": lambda folder: {"default_system": "S"},
+    "train_on_prompt": lambda folder: {"train_on_prompt": True},
+    "mask_history": lambda folder: {"mask_history": True},
+    "max_samples": lambda folder: {"max_samples": 10},
+    "val_size": lambda folder: {"val_size": 0.1},
+    "dataset": lambda folder: {"dataset": "rows,other"},
+    "eval_dataset": lambda folder: {"eval_dataset": "other"},
+    "stage": lambda folder: {"stage": "pt"},
+    "bytes of a file": lambda folder: append(folder / "rows.jsonl", '{"instruction": "a"}'),
+    "layout": lambda folder: (folder / "dataset_info.json").write_text(
+        json.dumps({"rows": {"file_name": "rows.jsonl", "columns": {"query": "output"}}})
+    ),
+    "tokenizer": lambda folder: append(folder / "model" / "tokenizer.json", " "),
+    "model type": lambda folder: (folder / "model" / "config.json").write_text(
+        '{"model_type": "qwen2"}'
+    ),
+}
+INDIFFERENT: dict[str, Callable[[Path], Any]] = {
+    "nothing": lambda folder: {},
+    "seed": lambda folder: {"seed": 7},
+    "learning_rate": lambda folder: {"learning_rate": 1.0},
+    "preprocessing_batch_size": lambda folder: {"preprocessing_batch_size": 7},
+    "preprocessing_num_workers": lambda folder: {"preprocessing_num_workers": 3},
+    "overwrite_cache": lambda folder: {"overwrite_cache": True},
+    "output_dir": lambda folder: {"output_dir": "elsewhere"},
+    "time of change": lambda folder: os.utime(folder / "rows.jsonl"),
+    "name of a file": lambda folder: rename(folder, "rows.jsonl", "renamed.jsonl"),
+    "weights": lambda folder: (folder / "model" / "model.safetensors").write_bytes(b"new"),
+}
+
+
+def append(path: Path, text: str) -> None:
+    with open(path, "a") as file:
+        file.write(text)
+
+
+def rename(folder: Path, old: str, new: str) -> None:
+    (folder / old).rename(folder / new)
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace(old, new))
+
+
+def keys_before_and_after(
+    folder: Path, root: Path, model: Path, change: Callable[[Path], Any]
+) -> tuple[str, str]:
+    place = copied(model, folder / "model")
+    before = prepared.key_of(arguments(folder), place, root=root)
+    changed = change(folder)
+    given = arguments(folder, **(changed if isinstance(changed, dict) else {}))
+    return before, prepared.key_of(given, place, root=root)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_decides_a_token_changes_the_key(
+    folder: Path, root: Path, tiny_llama_dir: Path, name: str
+) -> None:
+    before, after = keys_before_and_after(folder, root, tiny_llama_dir, CHANGES[name])
+    assert before != after
+
+
+@pytest.mark.parametrize("name", INDIFFERENT)
+def test_what_decides_no_token_leaves_the_key(
+    folder: Path, root: Path, tiny_llama_dir: Path, name: str
+) -> None:
+    before, after = keys_before_and_after(folder, root, tiny_llama_dir, INDIFFERENT[name])
+    assert before == after
+
+
+def test_the_seed_matters_where_rows_are_set_aside(
+    folder: Path, root: Path, tiny_llama_dir: Path
+) -> None:
+    given = [arguments(folder, val_size=2, seed=seed) for seed in (1, 2)]
+    assert len({prepared.key_of(each, tiny_llama_dir, root=root) for each in given}) == 2
+
+
+def test_the_style_of_pt_matters_to_pt(folder: Path, root: Path, tiny_llama_dir: Path) -> None:
+    keys = {
+        prepared.key_of(
+            arguments(folder, stage="pt", dataset="texts", packing=packing),
+            tiny_llama_dir,
+            root=root,
+        )
+        for packing in (None, True, False)
+    }
+    assert len(keys) == 2
+
+
+# --- what is built ----------------------------------------------------------------------------
+
+
+def test_the_result_does_not_depend_on_processes_or_batches(
+    folder: Path, tmp_path: Path, tiny_llama_dir: Path, small_shards: None
+) -> None:
+    found = []
+    for number, keys in enumerate(
+        (
+            {"preprocessing_batch_size": 1000},
+            {"preprocessing_batch_size": 3},
+            {"preprocessing_num_workers": 2, "preprocessing_batch_size": 7},
+        )
+    ):
+        given = arguments(folder, val_size=0.2, **keys)
+        ref = prepared.ensure(given, tiny_llama_dir, root=tmp_path / str(number))
+        found.append((ref.key, files_of(ref.path)))
+        assert len(found[-1][1]) > 6
+    assert found[0] == found[1] == found[2]
+
+
+def test_shards_may_be_built_in_any_order(
+    folder: Path, root: Path, tmp_path: Path, tiny_llama_dir: Path, small_shards: None
+) -> None:
+    given = arguments(folder)
+    plan = pickle.loads(pickle.dumps(prepared.plan(given, tiny_llama_dir, root=root)))
+    Path(plan.staging).mkdir(parents=True)
+    with pytest.raises(StoreError, match=r"Shard 0 of \d+ is not built"):
+        prepared.commit(plan)
+    for index in reversed(range(len(plan.shards))):
+        prepared.build_shard(plan, index)
+    ref = prepared.commit(plan)
+    whole = prepared.ensure(given, tiny_llama_dir, root=tmp_path / "again")
+    assert files_of(ref.path) == files_of(whole.path)
+
+
+@pytest.mark.parametrize(("val_size", "count"), [(0.1, 4), (3, 3), (0.11, 5)])
+def test_rows_set_aside_are_taken_from_training(
+    folder: Path, root: Path, tiny_llama_dir: Path, small_shards: None, val_size: Any, count: int
+) -> None:
+    whole = prepared.open(prepared.ensure(arguments(folder), tiny_llama_dir, root=root))
+    ref = prepared.ensure(arguments(folder, val_size=val_size), tiny_llama_dir, root=root)
+    parts = prepared.open(ref)
+    assert (ref.num_train, ref.num_eval, len(parts.eval["eval"])) == (40 - count, count, count)
+    tables = (parts.train, parts.eval["eval"])
+    rows = [tuple(t[i].input_ids.tolist()) for t in tables for i in range(len(t))]
+    assert sorted(rows) == sorted(tuple(whole.train[i].input_ids.tolist()) for i in range(40))
+    # in the order of the data, not in that of the draw
+    order = {tuple(whole.train[i].input_ids.tolist()): i for i in range(40)}
+    places = [order[tuple(parts.train[i].input_ids.tolist())] for i in range(40 - count)]
+    assert places == sorted(places)
+
+
+def test_too_many_rows_set_aside(folder: Path, root: Path, tiny_llama_dir: Path) -> None:
+    with pytest.raises(DataError, match="val_size=40 sets 40 rows aside, and there are 40"):
+        prepared.ensure(arguments(folder, val_size=40), tiny_llama_dir, root=root)
+
+
+def test_an_evaluation_set_and_a_head(folder: Path, root: Path, tiny_llama_dir: Path) -> None:
+    given = arguments(folder, dataset="other,rows", eval_dataset="other", max_samples=5)
+    ref = prepared.ensure(given, tiny_llama_dir, root=root)
+    table = prepared.open(ref)
+    assert (len(table.train), len(table.eval["eval"])) == (10, 5)
+    for index in range(5):
+        assert np.array_equal(table.train[index].input_ids, table.eval["eval"][index].input_ids)
+
+
+def test_texts_are_laid_into_blocks_without_losing_a_token(
+    folder: Path, root: Path, tiny_llama_dir: Path, small_shards: None
+) -> None:
+    from transformers import AutoTokenizer
+
+    own = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    texts = (folder / "texts.txt").read_text().split("\n")
+    expected = [token for text in texts for token in [*own.encode(text), own.eos_token_id]]
+    ref = prepared.ensure(arguments(folder, stage="pt", dataset="texts"), tiny_llama_dir, root=root)
+    table = prepared.open(ref).train
+    blocks = [table[i] for i in range(len(table))]
+    assert [token for block in blocks for token in block.input_ids.tolist()] == expected
+    assert [len(block.input_ids) for block in blocks[:-1]] == [64] * (len(blocks) - 1)
+    assert ref.num_train == len(table) == -(-len(expected) // 64)
+    assert ref.num_targets == len(expected) - len(table) == table.target_counts.sum()
+
+
+def test_texts_that_stand_alone_are_cut_and_counted(
+    folder: Path, root: Path, tiny_llama_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = arguments(folder, stage="pt", dataset="texts", packing=False, cutoff_len=20)
+    with caplog.at_level("INFO", logger="llmray"):
+        ref = prepared.ensure(given, tiny_llama_dir, root=root)
+    table = prepared.open(ref).train
+    assert len(table) == 40
+    cut = int((table.lengths == 20).sum())
+    assert 0 < cut < 40
+    said = [line for line in caplog.messages if line.startswith("data prepared")]
+    assert len(said) == 1
+    assert "rows cut to cutoff_len" in said[0]
+
+
+def test_rows_without_a_response_left_are_said_and_left_out(
+    folder: Path, root: Path, tiny_llama_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"instruction": "dog " * 90, "output": "x"}, {"instruction": "a", "output": "b"}]
+    (folder / "other.json").write_text(json.dumps(rows))
+    given = arguments(folder, dataset="other", cutoff_len=3, template="chatml")
+    with pytest.raises(DataError, match="No row is left to train on: of 2 rows, 2 have no"):
+        prepared.ensure(given, tiny_llama_dir, root=root)
+    long_enough = arguments(folder, dataset="other", cutoff_len=32, template="chatml")
+    prepared.ensure(long_enough, tiny_llama_dir, root=root)
+    with_middle = arguments(folder, dataset="other", cutoff_len=10, template="chatml")
+    ref = prepared.ensure(with_middle, tiny_llama_dir, root=root)
+    assert 1 <= ref.num_train <= 2
+
+
+def test_ten_wrong_rows_are_said_at_once(
+    folder: Path, root: Path, tiny_llama_dir: Path, small_shards: None
+) -> None:
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    for number in range(3, 39, 3):
+        lines[number] = '{"instruction": 5}' if number % 2 else "{"
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError) as error:
+        prepared.ensure(arguments(folder), tiny_llama_dir, root=root)
+    said = str(error.value).splitlines()
+    assert len(said) == 12
+    assert "rows.jsonl, row 4 (line 4): 'instruction' is int 5" in said[1]
+    assert "rows.jsonl, row 7 (line 7): malformed JSON" in said[2]
+    assert "rows.jsonl, row 31 (line 31): " in said[10]
+    assert store.list_committed(root) == []
+
+
+def test_a_row_that_the_template_cannot_write_has_its_place(
+    folder: Path, root: Path, tiny_llama_dir: Path
+) -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": "{}"}]
+    (folder / "other.json").write_text(json.dumps([{"conversations": turns}]))
+    info = {"other": {"file_name": "other.json", "formatting": "sharegpt"}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match=r"other.json, row 1 \(line 1\): .*tool calls are not"):
+        prepared.ensure(arguments(folder, dataset="other"), tiny_llama_dir, root=root)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"template": "lama3"}, "template=lama3 is not known. Did you mean llama3?"),
+        ({"dataset": "row"}, "row is no set of"),
+        ({"dataset_dir": "/nowhere"}, "/nowhere/dataset_info.json does not exist"),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_is_loaded(
+    folder: Path, root: Path, tiny_llama_dir: Path, keys: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(DataError) as error:
+        prepared.key_of(arguments(folder, **keys), tiny_llama_dir, root=root)
+    assert words in str(error.value)
+
+
+def test_an_empty_file_is_named(folder: Path, root: Path, tiny_llama_dir: Path) -> None:
+    (folder / "rows.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"rows has no rows: .*rows\.jsonl\. Required: at least"):
+        prepared.ensure(arguments(folder), tiny_llama_dir, root=root)
+
+
+def test_flipped_bits_are_found(folder: Path, root: Path, tiny_llama_dir: Path) -> None:
+    ref = prepared.ensure(arguments(folder), tiny_llama_dir, root=root)
+    prepared.verify(ref)
+    [path] = Path(ref.path).glob("*.arrow")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="other content than was committed"):
+        prepared.verify(ref.path)
+
+
+def test_what_is_no_prepared_data_is_not_opened(tmp_path: Path) -> None:
+    with store.staging(tmp_path / "x") as directory:
+        store.commit(directory, tmp_path / "x", {"kind": "something"})
+    with pytest.raises(DataError, match="holds no prepared data"):
+        prepared.open(str(tmp_path / "x"))
+
+
+# --- several processes ------------------------------------------------------------------------
+
+BUILDER = """
+import logging, sys, time
+from pathlib import Path
+from llmray.arguments.run import load
+from llmray.data import build, planning, prepared
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+planning.LEAST_SHARD_BYTES = 700
+one = build.build_shard
+def slowly(plan, index):
+    report = one(plan, index)
+    print("built", index, flush=True)
+    time.sleep(float(sys.argv[4]))
+    return report
+build.build_shard = slowly
+ref = prepared.ensure(load(sys.argv[1]), sys.argv[2], root=Path(sys.argv[3]))
+print("has", ref.key, flush=True)
+"""
+
+
+def start_builder(
+    run_file: Path, model: Path, root: Path, pause_s: float, **environ: str
+) -> subprocess.Popen[str]:
+    words = [str(run_file), str(model), str(root), str(pause_s)]
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILDER, *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environ},
+    )
+
+
+def test_a_killed_builder_leaves_nothing_and_the_next_goes_on(
+    folder: Path, root: Path, tmp_path: Path, tiny_llama_dir: Path, small_shards: None
+) -> None:
+    given = arguments(folder)
+    given.save(folder / "run.yaml")
+    builder = start_builder(folder / "run.yaml", tiny_llama_dir, root, pause_s=0.5)
+    assert builder.stdout is not None
+    for line in builder.stdout:
+        if line.startswith("built 2"):
+            break
+    builder.send_signal(signal.SIGKILL)
+    assert builder.wait(30) == -signal.SIGKILL
+    assert store.list_committed(root) == []
+    [staging] = root.glob("*.building")
+    done = {path.name: path.stat().st_mtime_ns for path in staging.glob("*.arrow")}
+    assert 3 <= len(done) < 10
+    ref = prepared.ensure(given, tiny_llama_dir, root=root)
+    again = {path.name: path.stat().st_mtime_ns for path in Path(ref.path).glob("*.arrow")}
+    assert done.items() <= again.items()  # finished shards were not built again
+    assert list(root.glob("*.building")) == []
+    prepared.verify(ref)
+    whole = prepared.ensure(given, tiny_llama_dir, root=tmp_path / "undisturbed")
+    assert files_of(ref.path) == files_of(whole.path)
+
+
+@pytest.mark.parametrize("keys", [{}, {"overwrite_cache": True}])
+def test_processes_of_one_run_build_once(
+    folder: Path, root: Path, tiny_llama_dir: Path, keys: dict[str, Any]
+) -> None:
+    given = arguments(folder, **keys)
+    given.save(folder / "run.yaml")
+    environ = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29555"}
+    builders = [
+        start_builder(folder / "run.yaml", tiny_llama_dir, root, pause_s=0.05, **environ)
+        for _ in range(2)
+    ]
+    said = [builder.communicate(timeout=120)[0].splitlines() for builder in builders]
+    assert [builder.returncode for builder in builders] == [0, 0]
+    built = [line for lines in said for line in lines if line.startswith("built")]
+    assert len(built) == len(set(built)) > 5
+    assert said[0][-1] == said[1][-1]
+
+
+def test_overwrite_cache_builds_anew_at_every_call(
+    folder: Path, root: Path, tiny_llama_dir: Path
+) -> None:
+    times = []
+    for keys in ({}, {"overwrite_cache": True}, {}, {"overwrite_cache": True}):
+        ref = prepared.ensure(arguments(folder, **keys), tiny_llama_dir, root=root)
+        times.append(store.read_manifest(ref.path).metadata["built_at"])
+        time.sleep(0.01)
+    assert times[0] < times[1] == times[2] < times[3]
+    first, second = (
+        prepared.ensure(
+            arguments(folder, overwrite_cache=True), tiny_llama_dir, root=root, run_token="run 1"
+        )
+        for _ in range(2)
+    )
+    assert first == second
+    assert (
+        store.read_manifest(first.path).metadata["built_at"]
+        == store.read_manifest(second.path).metadata["built_at"]
+    )
+
+
+def test_a_digest_of_a_file_that_changes_in_place_is_taken_again(tmp_path: Path) -> None:
+    from llmray.data.identity import Digests
+
+    digests = Digests(tmp_path / "digests")
+    path = tmp_path / "a"
+    path.write_text("one")
+    os.utime(path, (1e9, 1e9))
+    first = digests.of(path)
+    path.write_text("two")  # as long as before
+    os.utime(path, (1e9, 1e9 + 1))
+    assert digests.of(path) != first
+    # younger than the clock can tell apart: never remembered
+    path.write_text("six")
+    seen, second = path.stat(), digests.of(path)
+    path.write_text("ten")
+    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    assert digests.of(path) != second
+
+
+def test_a_token_that_the_tokenizer_lacks_and_unread_columns_are_said(
+    folder: Path, root: Path, tiny_llama_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="llmray"):
+        prepared.ensure(arguments(folder, template="llama3"), tiny_llama_dir, root=root)
+        prepared.ensure(arguments(folder, stage="pt"), tiny_llama_dir, root=root)
+    said = "\n".join(caplog.messages)
+    assert "template=llama3 ends responses with <|eot_id|>, which is no token" in said
+    assert "rows: stage pt learns the text of column instruction alone, not that of output" in said
