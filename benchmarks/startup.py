@@ -95,9 +95,16 @@ def first_steps(report: Report, model: str) -> None:
         # a cache of its own, so that the first run is a first one
         os.environ["LLMRAY_CACHE"] = str(Path(scratch, "cache"))
         for name in ("first", "second"):
+            started = time.time()
             measured = ours(run, Path(scratch, name), os.cpu_count() or 1)
-            before = measured.wall - measured.seconds
-            report.rows.append([f"{name} run, all but its one update", f"{before:.2f}", ""])
+            logged = Path(scratch, name, "out", "trainer_log.jsonl").stat().st_mtime - started
+            report.rows.append(
+                [
+                    f"{name} run, until its first update begins",
+                    f"{logged - measured.seconds:.2f}",
+                    "",
+                ]
+            )
             report.details[f"{name} run"] = vars(measured)
 
 
