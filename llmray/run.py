@@ -89,7 +89,9 @@ class _Training:
 
     def write_files(self, directory: Path) -> None:
         """Write what users take from a run: weights, tokenizer, the run file."""
-        export.write_weights(self.engine.model.model, directory, self.tokenizer)
+        whole = self.arguments.finetuning.finetuning_type != "lora"
+        dtype = self.engine.precision.load_dtype if whole else None
+        export.write_weights(self.engine.model.model, directory, self.tokenizer, dtype=dtype)
         self.arguments.save(directory / "run_arguments.yaml")
 
     def fingerprint(self) -> dict[str, Any]:
@@ -148,7 +150,7 @@ def _assemble(arguments: RunArguments, context: Context) -> _Training:
     seed_everything(options.seed)
     numbers = precision.choose(arguments, world.device)
     table = prepared.open(context.prepared)
-    tokenizer = load_tokenizer(context.model_dir, arguments.model)
+    tokenizer = load_tokenizer(context.model_dir, arguments.model, arguments.data.template)
     batches = Batches(
         table.train.lengths,
         options.per_device_train_batch_size,
@@ -168,7 +170,8 @@ def _assemble(arguments: RunArguments, context: Context) -> _Training:
     hf_model = load.load_model(
         context.model_dir,
         arguments.model,
-        dtype=numbers.load_dtype,
+        # what trains in float32 is read in float32: a copy in fewer bits would lose some
+        dtype=torch.float32 if _trains_own_weights(resolved) else numbers.load_dtype,
         device=world.device,
         gradient_checkpointing=recomputes,
     )
@@ -176,6 +179,10 @@ def _assemble(arguments: RunArguments, context: Context) -> _Training:
     if reason is not None:
         log.info("batches are padded, not flat: %s", reason)
     tuned = tuning.apply(hf_model, arguments, is_trainable=True, upcast=not numbers.pure)
+    if _trains_own_weights(resolved):
+        for parameter in tuned.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(numbers.load_dtype)
     model = TokenModel(tuned, flat=reason is None)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     engine = Engine(
@@ -206,6 +213,12 @@ def _assemble(arguments: RunArguments, context: Context) -> _Training:
         progress=Progress(),
         random=RandomState(),
     )
+
+
+def _trains_own_weights(arguments: RunArguments) -> bool:
+    """Whether weights of the model itself train, in float32."""
+    finetuning = arguments.finetuning
+    return finetuning.finetuning_type != "lora" and not finetuning.pure_bf16
 
 
 def _needs_checkpointing(arguments: RunArguments, context: Context, lengths: Any) -> bool:
