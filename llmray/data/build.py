@@ -1,15 +1,9 @@
-"""Shards built by a plan: one of them, or all in processes; and what came of them together."""
+"""A shard built by a plan, and what came of all of them together."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -110,69 +104,6 @@ def finished(plan: Plan, index: int) -> ShardReport:
     return ShardReport(sums, **{k: v for k, v in raw.items() if k != "problems"})
 
 
-def run(plan: Plan, num_workers: int) -> None:
-    """Build all shards that are not finished, in this process or in several.
-
-    Raises:
-        DataError: rows are wrong; names the first of them.
-        StoreError: a shard cannot be written.
-    """
-    with store.explained(plan.staging):
-        Path(plan.staging).mkdir(parents=True, exist_ok=True)
-    wrong: list[ShardReport] = []
-    for report in _reports(plan, min(num_workers, len(plan.shards))):
-        if report.problems:
-            wrong.append(report)
-        if sum(len(report.problems) for report in wrong) >= MOST_PROBLEMS:
-            break
-    raise_problems(wrong)
-
-
-def _reports(plan: Plan, num_workers: int) -> Iterator[ShardReport]:
-    indices = range(len(plan.shards))
-    if num_workers == 1:
-        yield from (build_shard(plan, index) for index in indices)
-        return
-    pool = ProcessPoolExecutor(
-        num_workers,
-        # not forked: this process may have threads of torch and of the tokenizer
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(plan, os.getpid()),
-    )
-    try:
-        yield from pool.map(_build_in_worker, indices)
-    except BrokenProcessPool as error:
-        raise DataError(
-            "A process that prepared data was killed, most likely for lack of memory. Lower "
-            "preprocessing_num_workers; the finished shards are kept."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_plan_of_worker: Plan | None = None
-
-
-def _start_worker(plan: Plan, parent: int) -> None:
-    global _plan_of_worker
-    _plan_of_worker = plan
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-
-
-def _die_with(parent: int) -> None:
-    """End this process when its parent is gone: nobody would take its work."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _build_in_worker(index: int) -> ShardReport:
-    assert _plan_of_worker is not None
-    return build_shard(_plan_of_worker, index)
-
-
 Where = tuple[Piece, int]
 Found = tuple[Where, Conversation | RowError]
 
@@ -254,6 +185,12 @@ def tables(plan: Plan, reports: Sequence[ShardReport]) -> dict[str, list[str]]:
             if _file(table, index) in reports[index].files:
                 names.append(_file(table, index))
     return found
+
+
+def sums(plan: Plan, reports: Sequence[ShardReport]) -> dict[str, FileSum]:
+    """The sums of all files of finished shards, their reports among them."""
+    found = {name: entry for report in reports for name, entry in report.files.items()}
+    return found | store.seal(Path(plan.staging), map(_note, range(len(reports))))
 
 
 def counts(plan: Plan, reports: Sequence[ShardReport]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmray import store
-from llmray.data import build, identity, planning, sources
+from llmray.data import build, identity, planning, sources, workers
 from llmray.data.build import ShardReport
 from llmray.data.planning import Plan
 from llmray.data.shards import Sample, SampleTable
@@ -140,7 +140,6 @@ def commit(plan: Plan, *, run_token: str | None = None) -> PreparedRef:
     """
     reports = [build.finished(plan, index) for index in range(len(plan.shards))]
     build.raise_problems(reports)
-    sums = {name: entry for report in reports for name, entry in report.files.items()}
     counts = build.counts(plan, reports)
     metadata = {
         "kind": KIND,
@@ -159,7 +158,8 @@ def commit(plan: Plan, *, run_token: str | None = None) -> PreparedRef:
             "response within cutoff_len, and the rest is empty or set aside for evaluation. "
             "Take more data, raise cutoff_len, or lower val_size."
         )
-    store.commit(Path(plan.staging), plan.target, metadata, sums)
+    store.sweep(plan.staging)
+    store.commit(Path(plan.staging), plan.target, metadata, build.sums(plan, reports))
     return _ref(plan.target)
 
 
@@ -229,9 +229,28 @@ def _build(
     started = time.perf_counter()
     store.sweep(Path(target).parent)
     made = _plan(inputs, arguments, model_dir, target)
-    build.run(made, num_workers=arguments.data.preprocessing_num_workers or 1)
+    _build_shards(made, arguments.data.preprocessing_num_workers or 1)
     commit(made, run_token=token)
     _report(_metadata(target)["counts"], time.perf_counter() - started)
+
+
+def _build_shards(made: Plan, num_workers: int) -> None:
+    """Build all shards that are not finished, in this process or in several."""
+    with store.explained(made.staging):
+        Path(made.staging).mkdir(parents=True, exist_ok=True)
+    store.sweep(made.staging)
+    num_workers = min(num_workers, len(made.shards))
+    if num_workers > 1:
+        reports = workers.build_shards(made, num_workers)
+    else:
+        reports = (build_shard(made, index) for index in range(len(made.shards)))
+    wrong: list[ShardReport] = []
+    for report in reports:
+        if report.problems:
+            wrong.append(report)
+        if sum(len(report.problems) for report in wrong) >= build.MOST_PROBLEMS:
+            break
+    build.raise_problems(wrong)
 
 
 def _report(counts: Mapping[str, Any], seconds: float) -> None:

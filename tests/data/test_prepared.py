@@ -14,7 +14,7 @@ import pytest
 
 from llmray import store
 from llmray.arguments.run import RunArguments, load
-from llmray.data import planning, prepared
+from llmray.data import planning, prepared, workers
 from llmray.errors import DataError, StoreError
 
 WORDS = [
@@ -431,7 +431,7 @@ def slowly(plan, index):
     print("built", index, flush=True)
     time.sleep(float(sys.argv[4]))
     return report
-build.build_shard = slowly
+prepared.build_shard = slowly
 ref = prepared.ensure(load(sys.argv[1]), sys.argv[2], root=Path(sys.argv[3]))
 print("has", ref.key, flush=True)
 """
@@ -463,6 +463,8 @@ def test_a_killed_builder_leaves_nothing_and_the_next_goes_on(
     assert builder.wait(30) == -signal.SIGKILL
     assert store.list_committed(root) == []
     [staging] = root.glob("*.building")
+    (staging / f".tmp-left-{'0' * 8}-1-0-{'0' * 8}").write_text("by a dead writer")
+    os.utime(next(staging.glob(".tmp-left*")), (1e9, 1e9))
     done = {path.name: path.stat().st_mtime_ns for path in staging.glob("*.arrow")}
     assert 3 <= len(done) < 10
     ref = prepared.ensure(given, tiny_llama_dir, root=root)
@@ -470,6 +472,8 @@ def test_a_killed_builder_leaves_nothing_and_the_next_goes_on(
     assert done.items() <= again.items()  # finished shards were not built again
     assert list(root.glob("*.building")) == []
     prepared.verify(ref)
+    committed = {store.MANIFEST, *store.read_manifest(ref.path).files}
+    assert {path.name for path in Path(ref.path).iterdir()} == committed
     whole = prepared.ensure(given, tiny_llama_dir, root=tmp_path / "undisturbed")
     assert files_of(ref.path) == files_of(whole.path)
 
@@ -490,6 +494,27 @@ def test_processes_of_one_run_build_once(
     built = [line for lines in said for line in lines if line.startswith("built")]
     assert len(built) == len(set(built)) > 5
     assert said[0][-1] == said[1][-1]
+
+
+def test_processes_report_wrong_rows_and_a_process_that_dies(
+    folder: Path,
+    root: Path,
+    tiny_llama_dir: Path,
+    small_shards: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = arguments(folder, preprocessing_num_workers=2)
+    killing = "import os; os.kill(os.getpid(), 9)"
+    with monkeypatch.context() as patched:
+        patched.setattr(workers, "COMMAND", killing)
+        with pytest.raises(DataError, match="ended with code -9"):
+            prepared.ensure(given, tiny_llama_dir, root=root)
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    lines[20] = "{"
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"row 21 \(line 21\): malformed JSON"):
+        prepared.ensure(given, tiny_llama_dir, root=root)
+    assert store.list_committed(root) == []
 
 
 def test_overwrite_cache_builds_anew_at_every_call(
