@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from logging import getLogger
 from pathlib import Path
@@ -60,10 +61,22 @@ SECRET_NAME = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)S
 SECRET_VALUE = re.compile(r"://[^/@]+:[^/@]+@")  # a user and a password in an address
 
 
-def connect(arguments: ClusterArguments) -> str:
-    """Join the cluster that the arguments or the environment name, else start one here.
+@dataclass(frozen=True)
+class Joined:
+    """The cluster that this process is a driver of: its address, and whether it started it."""
 
-    Returns: the address that was joined, or "local".
+    address: str
+    is_ours: bool
+
+    def __str__(self) -> str:
+        if self.is_ours:
+            return "Ray: started a local cluster on this machine (RAY_ADDRESS names another)"
+        nodes = sum(1 for node in ray.nodes() if node["Alive"])
+        return f"Ray: joined the cluster at {self.address}, {nodes} node(s)"
+
+
+def connect(arguments: ClusterArguments) -> Joined:
+    """Join the cluster that the arguments or the environment name, else start one here.
 
     Raises:
         ClusterError: there is no cluster at that address, or it cannot be joined.
@@ -92,13 +105,7 @@ def connect(arguments: ClusterArguments) -> str:
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise ClusterError(_cannot_connect(address, error)) from error
     started = address in (None, "local") and _started_here()
-    nodes = sum(1 for node in ray.nodes() if node["Alive"])
-    if started:
-        log.info("Ray: started a local cluster on this machine (RAY_ADDRESS names another)")
-        return "local"
-    joined = str(info.address_info["gcs_address"])
-    log.info("Ray: joined the cluster at %s, %d node(s)", joined, nodes)
-    return joined
+    return Joined(str(info.address_info["gcs_address"]), started)
 
 
 def inventory() -> Inventory:

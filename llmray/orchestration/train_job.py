@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging import getLogger
 from types import FrameType
@@ -64,12 +65,13 @@ def train(arguments: RunArguments, *, core: Callable[..., Any] | None = None) ->
         LlmrayError: with one message for the user.
     """
     run_dir = run_directory(arguments)
-    is_ours = cluster.connect(arguments.cluster) == "local"
-    if is_ours:
-        os.environ.setdefault(PREEMPTION_ENV, "0")
+    joined = cluster.connect(arguments.cluster)
     try:
         with StopSignals() as signals:
-            return _Driver(arguments, run_dir, signals, core, is_ours).train()
+            log.info("%s", joined)
+            if joined.is_ours:
+                os.environ.setdefault(PREEMPTION_ENV, "0")
+            return _Driver(arguments, run_dir, signals, core, joined.is_ours).train()
     except Stopped as stop:
         log.info("stopped by %s", stop.reason)
         return EXIT_CODES[stop.reason]
@@ -103,13 +105,14 @@ class Stopped(BaseException):
 class StopSignals:
     """SIGINT and SIGTERM of the driver, caught after ray.init, whose own handlers abort.
 
-    Before training the first one ends the driver where it stands; during training it asks the
-    workers to stop at a step border. The third ends everything at once.
+    While the data is prepared the first one interrupts at once; later it is a note that the driver
+    reads: before a worker trains it ends the run, then it asks the workers to stop at a step
+    border. The third ends everything at once.
     """
 
     def __init__(self) -> None:
         self.seen: list[str] = []
-        self.is_training = False
+        self._interrupts = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -121,15 +124,33 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Let a signal raise `Stopped` inside the block; elsewhere that could break Ray's calls."""
+        self._interrupts = True
+        try:
+            self.check()
+            yield
+        except SystemError:  # how some C code tells that it met an exception in a signal handler
+            self.check()
+            raise
+        finally:
+            self._interrupts = False
+
+    def check(self) -> None:
+        """Raise `Stopped` if a signal has come."""
+        if self.seen:
+            raise Stopped(self.seen[0])
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         self.seen.append(name)
         if len(self.seen) > 2:
             os._exit(EXIT_CODES[self.seen[0]])
-        if not self.is_training:
-            raise Stopped(self.seen[0])
         if len(self.seen) == 2:
             log.warning("%s again: a third one ends at once, without saving", name)
+        if self._interrupts:
+            raise Stopped(self.seen[0])
 
 
 class _Trainer(TorchTrainer):
@@ -161,7 +182,8 @@ class _Driver:
         self._check([node for node in nodes if node.node_id != here])
         open_vars, secrets = ({}, {}) if self.is_ours else cluster.split_environment(os.environ)
         tasks_see = prepare_job.Environment(open_vars, secrets)
-        prepared = prepare_job.prepare(arguments, nodes, here, tasks_see)
+        with self.signals.interrupting():
+            prepared = prepare_job.prepare(arguments, nodes, here, tasks_see)
         self._clear_run_dir()
         job = boards.Job(
             arguments=arguments,
@@ -262,23 +284,25 @@ class _Driver:
                 ended.set()
 
         threading.Thread(target=fit, name="llmray-fit", daemon=True).start()
-        asked = False
+        trains = asked = False
         while not ended.wait(COLLECT_EVERY_S):
-            self._show(board)
+            trains = self._show(board) or trains
+            if not trains:
+                self.signals.check()
             if self.signals.seen and not asked:
                 asked = True
                 log.info("%s: saving at the next step border, then ending", self.signals.seen[0])
                 ray.get(board.request_stop.remote(self.signals.seen[0]))
-        self.signals.is_training = False
         self._show(board)
         if errors:
             raise self._told(errors[0], board)
 
-    def _show(self, board: ActorHandle) -> None:
-        for message in ray.get(board.collect.remote()):
-            if message.kind == "start":
-                self.signals.is_training = True
+    def _show(self, board: ActorHandle) -> bool:
+        """Show what rank 0 told; returns whether it began to train."""
+        messages = ray.get(board.collect.remote())
+        for message in messages:
             boards.replay(message, self.observer)
+        return any(message.kind == "start" for message in messages)
 
     def _told(self, error: BaseException, board: ActorHandle) -> BaseException:
         """The error to raise for what ended `fit`."""

@@ -47,7 +47,7 @@ def train_loop(config: dict[str, Any]) -> None:
         )
         where = world.gather((ray.util.get_node_ip_address(), os.getpid()))
         log.info("attempt %d: %s", attempt, describe_ranks(where))
-        arguments = _of_attempt(job.arguments, job.run_dir, attempt)
+        arguments = arguments_of_attempt(job.arguments, job.run_dir, attempt)
         context = run.Context(
             world=world,
             run_dir=job.run_dir,
@@ -68,6 +68,19 @@ def train_loop(config: dict[str, Any]) -> None:
             relay.close()
 
 
+def arguments_of_attempt(arguments: RunArguments, run_dir: str, attempt: int) -> RunArguments:
+    """The arguments of this attempt: after a failure it goes on from this run's newest commit."""
+    requested = arguments.training.resume_from_checkpoint
+    if attempt == 1 or requested is None:
+        return arguments
+    newest = checkpoint.newest_step(run_dir)
+    if isinstance(requested, str) and (
+        newest is None or newest <= checkpoint.named_step(requested)
+    ):
+        return arguments  # nothing was committed since: start where the first attempt did
+    return arguments.replace(resume_from_checkpoint=None)
+
+
 def describe_ranks(where: list[tuple[str, int]]) -> str:
     """Which rank is which process on which node, for a line of the log."""
     nodes: dict[str, list[str]] = {}
@@ -86,19 +99,6 @@ def _world(job: Job) -> World:
     return World(
         context.get_world_rank(), context.get_world_size(), context.get_local_rank(), device
     )
-
-
-def _of_attempt(arguments: RunArguments, run_dir: str, attempt: int) -> RunArguments:
-    """The arguments of this attempt: after a failure it goes on from this run's newest commit."""
-    requested = arguments.training.resume_from_checkpoint
-    if attempt == 1 or requested is None:
-        return arguments
-    newest = checkpoint.newest_step(run_dir)
-    if isinstance(requested, str) and (
-        newest is None or newest <= checkpoint.named_step(requested)
-    ):
-        return arguments  # nothing was committed since: start where the first attempt did
-    return arguments.replace(resume_from_checkpoint=None)
 
 
 def _model_dir(arguments: RunArguments) -> Path:

@@ -71,7 +71,7 @@ class Run:
     def __init__(self, words, environ, keys):
         self.keys = keys
         self.output_dir = Path(keys["output_dir"])
-        self.run_dir = Path(keys["ray_storage_path"], self.output_dir.name)
+        self.run_dir = Path(keys["ray_storage_path"].removeprefix("file://"), self.output_dir.name)
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             words,
@@ -160,6 +160,7 @@ def run_keys(tmp_path_factory):
         "finetuning_type": "full",
         "cutoff_len": 128,
         "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 6,  # a step takes long enough to be stopped in
         "max_steps": 12,
         "save_steps": 4,
         "logging_steps": 1,
@@ -195,27 +196,42 @@ def launch(ray_home, run_keys, tmp_path_factory):
             os.killpg(run.process.pid, signal.SIGKILL)
 
 
-def gone(pids, timeout=30.0):
-    """Whether these processes end in time."""
-    deadline = time.monotonic() + timeout
-    while any(_lives(pid) for pid in pids):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
+@pytest.fixture
+def nothing_runs(ray_cluster):
+    """Waits until no process of a run is left on the cluster; fails if one stays."""
+
+    def wait(timeout=30.0):
+        deadline = time.monotonic() + timeout
+        while left := _actors(ray_cluster[1]):
+            assert time.monotonic() < deadline, f"still running: {left}"
+            time.sleep(0.1)
+
+    return wait
 
 
-def _lives(pid):
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def _actors(session_dir):
+    """Command lines of the cluster's processes that run or ran an actor."""
+    name = os.path.basename(session_dir)
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if not words or "raylet/raylet" not in words[0] or name not in " ".join(words):
+            continue
+        titles = [" ".join(child.cmdline()) for child in _children(process)]
+        idle = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_Autoscaling")
+        found += [t for t in titles if t.startswith("ray::") and not t.startswith(idle)]
+    return found
 
 
-@pytest.fixture(name="gone")
-def gone_fixture():
-    """The function `gone`."""
-    return gone
+def _children(process):
+    living = []
+    for child in process.children():
+        try:
+            if child.status() != psutil.STATUS_ZOMBIE and child.cmdline():
+                living.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return living
 
 
 @pytest.fixture(scope="session")

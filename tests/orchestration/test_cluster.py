@@ -23,7 +23,8 @@ def nodes(ray_address):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_AUTH_MODE", raising=False)
-        assert cluster.connect(arguments(ray_address)) == ray_address
+        joined = cluster.connect(arguments(ray_address))
+        assert (joined.address, joined.is_ours) == (ray_address, False)
         yield list(cluster.inventory().nodes)
         ray.shutdown()
 

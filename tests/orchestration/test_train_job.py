@@ -2,8 +2,10 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.ray
@@ -55,6 +57,19 @@ def test_more_workers_than_the_cluster_holds_are_refused(launch, ray_address):
     assert not run.output_dir.exists()
 
 
+def test_failures_beyond_those_allowed_end_the_run_with_a_way_on(launch, ray_address):
+    run = launch("too-often", address=ray_address, ray_max_failures=0)
+    pids = run.pids()
+    run.wait_for(r"step 5/12")
+    os.kill(pids[1], signal.SIGKILL)
+    assert run.finish() == 1
+    assert "rank 1 died: its process or node is gone. The run failed more than" in run.text
+    assert "ray_max_failures=0 times" in run.text
+    assert "resume_from_checkpoint: true" in run.text
+    assert "Traceback" not in run.text
+    assert (run.run_dir / "checkpoint-4").is_dir()
+
+
 def test_strict_placement_that_cannot_be_is_refused(launch, ray_address):
     run = launch(
         "too-strict",
@@ -80,15 +95,17 @@ def test_error_of_the_user_in_a_worker_is_one_message_and_no_retry(
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_saves_and_ends_and_the_run_goes_on(
-    undisturbed, launch, ray_address, gone, name, code
+    undisturbed, launch, ray_address, nothing_runs, name, code
 ):
-    run = launch(f"stopped-{name}", address=ray_address, placement_strategy="SPREAD")
-    pids = run.pids()
+    keys = {"placement_strategy": "SPREAD"}
+    if name == "SIGINT":  # and on storage without renames
+        keys["ray_storage_path"] = f"file://{undisturbed.keys['ray_storage_path']}"
+    run = launch(f"stopped-{name}", address=ray_address, **keys)
     run.wait_for(r"step 2/12")
     # Ctrl-C reaches every process of the terminal's group
     os.killpg(run.process.pid, getattr(signal, name))
     assert run.finish() == code, run.text
-    assert gone(pids.values())
+    nothing_runs()
     stopped = run.log()[-1]["current_steps"]
     assert stopped < 12
     assert (run.run_dir / f"checkpoint-{stopped}" / "manifest.json").is_file()
@@ -101,12 +118,29 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(
     assert again.weights() == undisturbed.weights()
 
 
-def test_without_a_cluster_one_is_started_and_ended(launch, undisturbed, gone):
+@pytest.mark.parametrize("wait_s", [0.0, 4.0])  # while the driver prepares; while workers start
+def test_a_signal_before_training_ends_the_run_at_once(launch, ray_address, nothing_runs, wait_s):
+    run = launch("stopped-early", address=ray_address)
+    run.wait_for(r"Ray: joined")
+    time.sleep(wait_s)
+    os.killpg(run.process.pid, signal.SIGTERM)
+    assert run.finish(timeout=30) == 143, run.text
+    assert run.lines[-1] == "stopped by SIGTERM"
+    nothing_runs()
+
+
+def test_without_a_cluster_one_is_started_and_ended(launch, undisturbed):
     keys = {"max_steps": 2, "save_strategy": "no", "ray_init_kwargs": {"address": "local"}}
-    run = launch("private", address=None, **keys)
+    run = launch("private", address=None, environ={"RAY_AUTH_MODE": "disabled"}, **keys)
     started = run.wait_for(r"Ray: started a local cluster")
     assert started.start() == 0
     pids = run.pids()
     assert run.finish() == 0, run.text
-    assert gone(pids.values())
-    assert "canary" not in run.text
+    assert not any(lives(pid) for pid in pids.values())
+
+
+def lives(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
