@@ -167,23 +167,7 @@ def _assemble(arguments: RunArguments, context: Context) -> _Training:
         disable_gradient_checkpointing=not recomputes,
         use_ray=arguments.ray_enabled,
     )
-    hf_model = load.load_model(
-        context.model_dir,
-        arguments.model,
-        # what trains in float32 is read in float32: a copy in fewer bits would lose some
-        dtype=torch.float32 if _trains_own_weights(resolved) else numbers.load_dtype,
-        device=world.device,
-        gradient_checkpointing=recomputes,
-    )
-    reason = why_not_flat(hf_model)
-    if reason is not None:
-        log.info("batches are padded, not flat: %s", reason)
-    tuned = tuning.apply(hf_model, arguments, is_trainable=True, upcast=not numbers.pure)
-    if _trains_own_weights(resolved):
-        for parameter in tuned.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(numbers.load_dtype)
-    model = TokenModel(tuned, flat=reason is None)
+    model = _token_model(resolved, context, numbers)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     engine = Engine(
         model,
@@ -213,6 +197,30 @@ def _assemble(arguments: RunArguments, context: Context) -> _Training:
         progress=Progress(),
         random=RandomState(),
     )
+
+
+def _token_model(
+    arguments: RunArguments, context: Context, numbers: precision.Precision
+) -> TokenModel:
+    """The model on its device, tuned as asked for; equal on all ranks."""
+    keeps_float32 = _trains_own_weights(arguments)
+    loaded = load.load_model(
+        context.model_dir,
+        arguments.model,
+        # what trains in float32 is read in float32: a copy in fewer bits would lose some
+        dtype=torch.float32 if keeps_float32 else numbers.load_dtype,
+        device=context.world.device,
+        gradient_checkpointing=not arguments.model.disable_gradient_checkpointing,
+    )
+    reason = why_not_flat(loaded)
+    if reason is not None:
+        log.info("batches are padded, not flat: %s", reason)
+    tuned = tuning.apply(loaded, arguments, is_trainable=True, upcast=not numbers.pure)
+    if keeps_float32:
+        for parameter in tuned.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(numbers.load_dtype)
+    return TokenModel(tuned, flat=reason is None)
 
 
 def _trains_own_weights(arguments: RunArguments) -> bool:

@@ -117,10 +117,11 @@ def draw_curve(points: list[tuple[int, float]], key: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     steps, values = zip(*points, strict=True)
+    weight = 1 - 1 / max(2.0, len(values) / 20)  # follows a short curve, calms a long one
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, values, color="#9ec5e8", linewidth=1.2, label=key, marker=".", markersize=3)
-    axes.plot(steps, smooth(list(values)), color="#1f5fa8", linewidth=2, label="smoothed")
+    axes.plot(steps, smooth(list(values), weight), color="#1f5fa8", linewidth=2, label="smoothed")
     axes.set_xlabel("step")
     axes.set_ylabel(key)
     axes.grid(alpha=0.3)
@@ -128,7 +129,7 @@ def draw_curve(points: list[tuple[int, float]], key: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def smooth(values: list[float], weight: float = 0.8) -> list[float]:
+def smooth(values: list[float], weight: float) -> list[float]:
     """Exponential moving average that begins at the first value; larger weights smooth more."""
     smoothed, last = [], values[0]
     for value in values:
