@@ -117,6 +117,10 @@ def run(arguments: RunArguments, context: Context) -> RunResult:
     if arguments.training.full_determinism:
         make_deterministic()
     files = Artefacts(context.run_dir, is_main=context.world.is_main)
+    if arguments.training.save_only_model:
+        log.warning(
+            "save_only_model: true keeps no optimizer or position: a failure starts at step 0"
+        )
     training = _assemble(arguments, context)
     first_step = _resume(training)
     observers = _observers(training, files) if context.world.is_main else ()

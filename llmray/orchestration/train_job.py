@@ -224,10 +224,6 @@ class _Driver:
         requested = training.resume_from_checkpoint
         checkpoint.clear_way(self.run_dir, requested, overwrite=bool(training.overwrite_output_dir))
         store.remove_file(store.join(self.run_dir, SNAPSHOT))
-        if training.save_only_model:
-            log.warning(
-                "save_only_model: true keeps no optimizer or position: a failure starts at step 0"
-            )
 
     def _trainer(
         self,
