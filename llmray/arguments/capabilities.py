@@ -37,6 +37,9 @@ def _family(sentence: str, *keys: str) -> dict[str, Gap]:
     return {key: Gap(sentence) for key in keys}
 
 
+# the names of llmray.data.templates, which stands above the arguments
+TEMPLATES = ("chatml", "default", "llama3", "qwen", "smollm2")
+
 _REMOVE = "Remove it, or set it to its default."
 
 # Later work removes these rows.
@@ -175,6 +178,11 @@ NOT_BUILT: dict[str, Gap] = {
         f"Interleaving of sets is not built yet; they follow one another. {_REMOVE}",
         "mix_strategy",
         "interleave_probs",
+    ),
+    "template": Gap(
+        f"Of the templates only {', '.join(TEMPLATES)} are built yet. Use one of these, or remove "
+        "the key for the tokenizer's own chat template.",
+        only(*TEMPLATES),
     ),
     "packing": Gap(
         "Packing is built for stage pt only yet. Remove the key, or set packing: false.",

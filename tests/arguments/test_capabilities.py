@@ -18,7 +18,7 @@ BASE = {
 WORKING = """
 model_name_or_path adapter_name_or_path cache_dir model_revision disable_gradient_checkpointing
 use_reentrant_gc train_from_scratch infer_dtype hf_hub_token print_param_status trust_remote_code
-template dataset eval_dataset cutoff_len train_on_prompt mask_history
+dataset eval_dataset cutoff_len train_on_prompt mask_history
 overwrite_cache preprocessing_batch_size preprocessing_num_workers max_samples val_size
 default_system
 additional_target lora_alpha lora_dropout lora_rank lora_target use_rslora create_new_adapter
@@ -48,6 +48,7 @@ PARTLY = {
         ["polynomial", "inverse_sqrt"],
     ),
     "dataset_dir": (["data", "/x"], ["ONLINE", "REMOTE:a/b", {"a": {}}]),
+    "template": (["qwen", None], ["qwen3_nothink", "no such"]),
     "packing": ([False, None], [True]),
     "flash_attn": (["auto", "disabled", "sdpa"], ["fa2", "fa3"]),
     "fsdp": ([None, "", False], ["full_shard auto_wrap", True]),

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from tiny import make_tokenizer
 
+from llmray.arguments import capabilities
 from llmray.arguments.data import DataArguments
 from llmray.arguments.model import ModelArguments
 from llmray.data import templates, tokenizer
@@ -281,3 +282,7 @@ def test_texts_of_pt_end_with_the_end_of_text(tmp_path: Path) -> None:
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
     )
     assert tokenizer.around_text(loaded, None) == ((1,), (2,))
+
+
+def test_arguments_know_every_template() -> None:
+    assert sorted(capabilities.TEMPLATES) == sorted(templates.TEMPLATES)
