@@ -62,11 +62,18 @@ class _Shard:
             batch = ipc.open_file(source).get_batch(0)
         self.ids, self.offsets = _views(batch.column("input_ids"))
         self.runs, self.run_offsets = _views(batch.column("targets"))
-        self.num_targets = batch.column("num_targets").to_numpy()
+        self.num_targets = _view(batch.column("num_targets"))
 
 
 def _views(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    return column.values.to_numpy(), column.offsets.to_numpy()
+    return _view(column.values), _view(column.offsets)
+
+
+def _view(column: Any) -> np.ndarray:
+    """The values of an int32 column; its own `to_numpy` would load pandas."""
+    if not len(column):
+        return np.empty(0, np.int32)
+    return np.frombuffer(column.buffers()[1], np.int32, len(column), 4 * column.offset)
 
 
 class SampleTable:
