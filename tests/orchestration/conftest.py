@@ -217,21 +217,21 @@ def _actors(session_dir):
         words = process.info["cmdline"] or []
         if not words or "raylet/raylet" not in words[0] or name not in " ".join(words):
             continue
-        titles = [" ".join(child.cmdline()) for child in _children(process)]
+        titles = _titles(process)
         idle = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_Autoscaling")
         found += [t for t in titles if t.startswith("ray::") and not t.startswith(idle)]
     return found
 
 
-def _children(process):
-    living = []
+def _titles(process):
+    """Command lines of a process's children; one that ends while it is looked at has none."""
+    titles = []
     for child in process.children():
         try:
-            if child.status() != psutil.STATUS_ZOMBIE and child.cmdline():
-                living.append(child)
-        except psutil.NoSuchProcess:
+            titles.append(" ".join(child.cmdline()))
+        except psutil.NoSuchProcess:  # a zombie is one too
             continue
-    return living
+    return titles
 
 
 @pytest.fixture(scope="session")
