@@ -59,7 +59,7 @@ layers: $(STAMP) ## import-linter: who may import whom
 unit ray slow: export OMP_NUM_THREADS := 1
 
 unit: $(STAMP) ## fast tests: no network, no real model, no Ray
-	$(call tier,unit,$(PYTEST) -n auto --maxprocesses 4 -m "not ray and not slow")
+	$(call tier,unit,$(PYTEST) -m "not ray and not slow")
 
 ray: $(STAMP) ## tests on a local Ray cluster
 	$(call tier,ray,$(PYTEST) -m "ray and not slow")
