@@ -40,7 +40,7 @@ def main() -> None:
                 runs.append(train(name, run, home))
     report = Report(
         f"Ray Train beside no Ray and torchrun, {options.steps} steps, one thread a process",
-        ["run", "real tokens/s", "of the run without Ray"],
+        ["run", "real tokens/s", "of the run above it"],
     )
     add_rows(report, measured)
     report.publish(options.json)
