@@ -30,7 +30,7 @@ def main() -> None:
     """Measure the four runs in turn, publish the ratios of each pair."""
     options = parse()
     run = run_file(options.model, options.data, options.steps)
-    run["disable_gradient_checkpointing"] = True
+    run |= {"disable_gradient_checkpointing": True, "fp32": True}
     names = (NO_RAY, ONE_WORKER, TWO_RANKS, TWO_WORKERS)
     measured: dict[str, list[Measured]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as scratch:

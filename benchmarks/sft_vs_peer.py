@@ -3,7 +3,8 @@
     python benchmarks/sft_vs_peer.py --peer-python PEER/venv/bin/python --model SMOLLM2 --data DATA
 
 Three rows: the peer with its published settings (gradient checkpointing on), ours, and the peer
-with checkpointing off as ours has it. Batches and threads are equal, and so must the losses be.
+with checkpointing off as ours has it. All in fp32, the peer's choice where the file names no
+dtype. Batches and threads are equal, and so must the losses be.
 MODEL is a folder with the fp32 safetensors of SmolLM2-135M-Instruct, DATA one whose
 dataset_info.json knows alpaca_en_demo.
 """
@@ -63,7 +64,7 @@ def main() -> None:
             home = Path(scratch, str(pair))
             threads, python = options.threads, options.peer_python
             measured[PEER].append(peer(run, home / "peer", threads, python))
-            measured[OURS].append(ours(plain, home / "ours", threads))
+            measured[OURS].append(ours({**plain, "fp32": True}, home / "ours", threads))
             measured[PEER_EQUAL].append(peer(plain, home / "peer-equal", threads, python))
     compare(measured, gflops(options.threads), options).publish(options.json)
 

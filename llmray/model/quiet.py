@@ -1,11 +1,15 @@
-"""Keeps transformers' progress bars and advice off the user's console; llmray says what matters."""
+"""Keeps other libraries' bars and advice off the user's console; llmray says what matters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 
 from transformers.utils import logging
+
+# bitsandbytes, which peft imports in every run, asks here for a faster kernel that is not needed
+getLogger("bitsandbytes.backends.cpu.ops").setLevel(ERROR)
 
 
 @contextmanager
