@@ -59,6 +59,7 @@ class Board:
         self._failures: list[tuple[int, LlmrayError]] = []
         self._attempts = 0
         self._stopped: str | None = None
+        self._controller: ActorHandle | None = None
 
     def give(self, job: Job) -> None:
         """Keep the job for the workers."""
@@ -67,6 +68,14 @@ class Board:
     def job(self) -> Job | None:
         """The job."""
         return self._job
+
+    def keep_controller(self, controller: ActorHandle) -> None:
+        """Keep Ray Train's controller, so that the driver can end it."""
+        self._controller = controller
+
+    def controller(self) -> ActorHandle | None:
+        """Ray Train's controller, None until it runs."""
+        return self._controller
 
     def begin_attempt(self) -> int:
         """Count an attempt of the worker group; returns its number, from 1."""

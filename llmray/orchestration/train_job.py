@@ -23,6 +23,7 @@ from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
@@ -45,6 +46,7 @@ log = getLogger("llmray")
 
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 COLLECT_EVERY_S = 0.2
+ABANDON_S = 10.0
 # Ray Train's own file in the run directory: it names checkpoints that rotation has removed since
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 # how often the worker group may fail to start, each after a minute: an hour of waiting for nodes
@@ -162,6 +164,16 @@ class _Trainer(TorchTrainer):
         return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
 
 
+class _TellsController(ControllerCallback):
+    # Ray Train keeps the handle of its controller to itself
+
+    def __init__(self, board: ActorHandle) -> None:
+        self.board = board
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        ray.get(self.board.keep_controller.remote(ray.get_runtime_context().current_actor))
+
+
 @dataclass
 class _Driver:
     arguments: RunArguments
@@ -260,7 +272,7 @@ class _Driver:
                 failure_config=FailureConfig(
                     max_failures=failures, controller_failure_limit=MAX_START_FAILURES
                 ),
-                callbacks=[FailureRule(board, failures)],
+                callbacks=[FailureRule(board, failures), _TellsController(board)],
                 worker_runtime_env={"env_vars": env_vars},
                 logging_config=LoggingConfig(level),
             ),
@@ -283,15 +295,30 @@ class _Driver:
         trains = asked = False
         while not ended.wait(COLLECT_EVERY_S):
             trains = self._show(board) or trains
-            if not trains:
-                self.signals.check()
-            if self.signals.seen and not asked:
+            if self.signals.seen and not trains:
+                if self._abandon(board, ended):
+                    break
+            elif self.signals.seen and not asked:
                 asked = True
                 log.info("%s: saving at the next step border, then ending", self.signals.seen[0])
                 ray.get(board.request_stop.remote(self.signals.seen[0]))
-        self._show(board)
+        trains = self._show(board) or trains
+        if not trains:
+            self.signals.check()
         if errors:
             raise self._told(errors[0], board)
+
+    def _abandon(self, board: ActorHandle, ended: threading.Event) -> bool:
+        """End Ray Train before a worker trains; False while its controller is still to start.
+
+        The thread that waits for it must end before this process leaves Ray, which crashes under
+        a call that is not over.
+        """
+        controller = ray.get(board.controller.remote())
+        if controller is None:
+            return False
+        ray.kill(controller)
+        return ended.wait(ABANDON_S)
 
     def _show(self, board: ActorHandle) -> bool:
         """Show what rank 0 told; returns whether it began to train."""

@@ -166,6 +166,7 @@ def run_keys(tmp_path_factory):
         "logging_steps": 1,
         "learning_rate": 1e-3,
         "seed": 7,
+        "fp32": True,  # the same arithmetic on every CPU
         "report_to": "none",
         "ray_num_workers": 2,
         "resources_per_worker": {"CPU": 1},

@@ -118,7 +118,7 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(
     assert again.weights() == undisturbed.weights()
 
 
-@pytest.mark.parametrize("wait_s", [0.0, 4.0])  # while the driver prepares; while workers start
+@pytest.mark.parametrize("wait_s", [0.0, 2.0, 4.0])  # while the driver prepares, workers start
 def test_a_signal_before_training_ends_the_run_at_once(launch, ray_address, nothing_runs, wait_s):
     run = launch("stopped-early", address=ray_address)
     run.wait_for(r"Ray: joined")
