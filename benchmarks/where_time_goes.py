@@ -47,7 +47,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
         run = run_file(options.model, options.data, options.steps)
-        run |= {"disable_gradient_checkpointing": True, "output_dir": scratch}
+        run |= {"disable_gradient_checkpointing": True, "fp32": True, "output_dir": scratch}
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             local.train(load(run))
         results = json.loads(Path(scratch, "train_results.json").read_text())
