@@ -27,6 +27,12 @@ RUN_FILE_HELP = """
 RUN.yaml is a flat YAML or JSON file with LLaMA-Factory's keys. Words after it
 override it: key=value or --key value. Without a file the words are the run."""
 
+PLOT_HELP = """
+DIR is the output_dir of a run, local or a URI; while a run on Ray goes on, its
+log is in <ray_storage_path>/<ray_run_name>. --key names what trainer_log.jsonl
+logs, loss by default. --out names the picture, .png, .svg or .pdf; by default
+it is runs_<key>.png in the current folder."""
+
 
 class Command(NamedTuple):
     """A row of the command table; `run` gets the words after the command's name."""
@@ -111,6 +117,22 @@ def chat(words: list[str]) -> int:
     return terminal.chat(arguments)
 
 
+def plot(words: list[str]) -> int:
+    """Draw one logged key of several runs in one picture."""
+    parser = argparse.ArgumentParser(prog="llmray plot", description=plot.__doc__)
+    parser.add_argument("--key", default="loss", help="key of trainer_log.jsonl (loss)")
+    parser.add_argument("--out", type=Path, help="picture: .png, .svg or .pdf (runs_<key>.png)")
+    parser.add_argument("directories", nargs="+", metavar="DIR", help="output_dir of a run")
+    options = parser.parse_args(words)
+    from llmray.train import plots
+
+    curves = plots.read_curves(options.directories, options.key)
+    out = options.out or Path(plots.file_name(options.key, "runs"))
+    plots.draw_runs(curves, options.key, out)
+    print(out)
+    return 0
+
+
 def args(words: list[str]) -> int:
     """Print every key, the keys that are named, or the JSON schema."""
     parser = argparse.ArgumentParser(prog="llmray args", description=args.__doc__)
@@ -161,6 +183,12 @@ COMMANDS: dict[str, Command] = {
         "chat [RUN.yaml] [key=value | --key value ...]",
         "talk in the terminal to a base model or an adapter",
         RUN_FILE_HELP,
+    ),
+    "plot": Command(
+        plot,
+        "plot [--key KEY] [--out PICTURE] DIR [DIR ...]",
+        "draw a logged key, the loss by default, of several runs in one picture",
+        PLOT_HELP,
     ),
     "args": Command(
         args,

@@ -33,8 +33,9 @@ from llmray.train.engine import Engine
 from llmray.train.evaluate import evaluate
 from llmray.train.loop import Cadence, Loop, Outcome, Progress, cadence, fit
 from llmray.train.losses import Objective
-from llmray.train.observers import JsonLines, LossPlot, Observer
+from llmray.train.observers import JsonLines, Observer
 from llmray.train.parallel import World
+from llmray.train.plots import Plots
 from llmray.train.random_state import RandomState, make_deterministic, seed_everything
 from llmray.train.stages import STAGES
 from llmray.train.supervised import Rows, SupervisedStep
@@ -375,7 +376,9 @@ def _finish(
 
 
 def _observers(training: _Training, files: Artefacts) -> tuple[Observer, ...]:
-    plots = (LossPlot(files.directory),) if training.arguments.finetuning.plot_loss else ()
+    plot_loss = training.arguments.finetuning.plot_loss
+    keys = plot_loss if isinstance(plot_loss, tuple) else ()
+    plots = (Plots(files.directory, keys),) if plot_loss else ()
     return (JsonLines(files.directory), *plots, *training.context.observers)
 
 

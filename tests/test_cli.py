@@ -241,3 +241,21 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     )
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+def test_plot_writes_one_picture_of_several_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        line = '{"current_steps": 1, "loss": 1.0, "rewards/margins": 2}\n'
+        (tmp_path / name / "trainer_log.jsonl").write_text(line)
+    assert cli.main(["plot", "one", "two"]) == 0
+    assert cli.main(["plot", "one", "two", "--key", "rewards/margins"]) == 0
+    assert cli.main(["plot", "one", "--out", "new/picture.pdf"]) == 0
+    pictures = ["runs_loss.png", "runs_rewards_margins.png", "new/picture.pdf"]
+    assert capsys.readouterr().out.split() == pictures
+    assert all((tmp_path / name).stat().st_size > 1000 for name in pictures)
+    assert cli.main(["plot", "one", "three"]) == 2
+    assert "three does not exist" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from llmray.arguments.group import Field, Float, Group, Int, Names
+from llmray.arguments.group import Field, Float, Group, Int, Names, NamesOrFlag
 
 Stage = Literal["pt", "sft", "rm", "ppo", "dpo", "kto"]
 FinetuningType = Literal["full", "freeze", "lora", "oft"]
@@ -139,7 +139,11 @@ class MethodArguments(Group):
     disable_shuffling: bool = Field(
         False, description="Take the training rows in the order of the data."
     )
-    plot_loss: bool = Field(False, description="Draw the loss curve into the output directory.")
+    plot_loss: NamesOrFlag = Field(
+        False,
+        description="Draw the loss, of evaluations too, as training_<key>.png into the output "
+        "directory; names of other keys of trainer_log.jsonl are drawn besides.",
+    )
     include_effective_tokens_per_second: bool = Field(
         False, description="Report tokens per second, padding not counted, of the whole run."
     )

@@ -64,6 +64,18 @@ def as_names(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def as_names_or_flag(value: Any) -> Any:
+    """The words true and false as booleans; other text, or a list, as a tuple of names.
+
+    Raises:
+        ValueError: for a number, which is neither.
+    """
+    flag = as_path_or_flag(value)
+    if isinstance(flag, int | float) and not isinstance(flag, bool):
+        raise ValueError("a number is no name")
+    return flag if isinstance(flag, bool) else as_names(value)
+
+
 def as_numbers(value: Any) -> Any:
     """One text with commas, a list or a single number, as a tuple of numbers."""
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -109,6 +121,7 @@ Int = Annotated[int, BeforeValidator(as_number)]
 Float = Annotated[float, BeforeValidator(as_number)]
 Share = Annotated[int | float, BeforeValidator(as_share)]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
+NamesOrFlag = Annotated[bool | tuple[str, ...], BeforeValidator(as_names_or_flag)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(as_numbers)]
 Object = Annotated[dict[str, Any], BeforeValidator(as_object)]
 TextOrObject = Annotated[str | dict[str, Any], BeforeValidator(as_object)]
@@ -121,6 +134,7 @@ __all__ = [
     "Group",
     "Int",
     "Names",
+    "NamesOrFlag",
     "Numbers",
     "Object",
     "PathOrFlag",

@@ -29,6 +29,7 @@ KINDS: dict[frozenset[Any], str] = {
     frozenset({tuple[float, ...]}): "a list of numbers, or one text with commas",
     frozenset({dict[str, Any]}): "a mapping or a JSON object",
     frozenset({str, dict[str, Any]}): "text, a mapping or a JSON object",
+    frozenset({bool, tuple[str, ...]}): "true, false or a list of names",
     frozenset({bool, str}): "true, false or text",
 }
 BOUNDS: dict[type, tuple[str, str]] = {

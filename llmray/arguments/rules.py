@@ -239,6 +239,33 @@ def nothing_beside_none(arguments: RunArguments) -> Iterator[Problem]:
         )
 
 
+# names that other trainers log, or that are text: the number of trainer_log.jsonl that was meant
+LOGGED_AS = {
+    "learning_rate": "lr",
+    "train_loss": "loss",
+    "elapsed_time": "epoch",
+    "remaining_time": "epoch",
+}
+
+
+def plotted_keys_are_logged(arguments: RunArguments) -> Iterator[Problem]:
+    """Keys that are plotted are logged by the run."""
+    plotted = arguments.finetuning.plot_loss
+    for name in plotted if isinstance(plotted, tuple) else ():
+        if name in LOGGED_AS:
+            yield Problem(
+                ("plot_loss",),
+                f"{given('plot_loss', plotted)}: trainer_log.jsonl has no number {name}. Write "
+                f"{LOGGED_AS[name]}.",
+            )
+        elif name.startswith("eval_") and arguments.training.eval_strategy == "no":
+            yield Problem(
+                ("plot_loss", "eval_strategy"),
+                f"{given('plot_loss', plotted)}, but eval_strategy=no: {name} is never logged. "
+                "Write eval_strategy: steps, or remove the name.",
+            )
+
+
 def best_needs_evaluations(arguments: RunArguments) -> Iterator[Problem]:
     """Stopping early and the best checkpoint are decided at evaluations."""
     training = arguments.training
@@ -336,6 +363,7 @@ RULES: tuple[Rule, ...] = (
     pixel_limits_are_in_order,
     trackio_keys_need_trackio,
     nothing_beside_none,
+    plotted_keys_are_logged,
     best_needs_evaluations,
     best_is_saved,
     best_is_saved_when_evaluated,

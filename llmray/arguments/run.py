@@ -61,6 +61,8 @@ FIELDS: dict[str, FieldInfo] = {
 GROUP_OF: dict[str, str] = {
     key: name for name, group in GROUPS.items() for key in group.model_fields
 }
+# keys of these types may stand alone on the command line, and then are true
+FLAGS = (frozenset({bool}), frozenset({bool, tuple[str, ...]}))
 DEFAULTS: dict[str, Any] = {key: field.get_default() for key, field in FIELDS.items()}
 
 
@@ -200,6 +202,4 @@ def _without_unknown(flat: dict[str, Any]) -> dict[str, Any]:
 
 def _is_flag(name: str) -> bool:
     key = names.ALIASES.get(name, name)
-    return name in names.CONVERTED or (
-        key in FIELDS and plain_types(FIELDS[key]) == frozenset({bool})
-    )
+    return name in names.CONVERTED or (key in FIELDS and plain_types(FIELDS[key]) in FLAGS)

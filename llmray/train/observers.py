@@ -1,4 +1,4 @@
-"""Observers: they see what the loop does and return nothing. Console, JSON lines, plots."""
+"""Observers: they see what the loop does and return nothing. Console and JSON lines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmray import store
+from llmray.train.sketch import sketch
 
 Record = dict[str, Any]
 
@@ -49,10 +50,13 @@ class JsonLines(Observer):
 
 def read_log(path: Path) -> list[Record]:
     """The records of a trainer_log.jsonl; a last line that a kill cut short is left out."""
-    if not path.is_file():
-        return []
+    return records_of(path.read_text()) if path.is_file() else []
+
+
+def records_of(text: str) -> list[Record]:
+    """The records in the text of a trainer_log.jsonl, as `read_log`."""
     records = []
-    for line in path.read_text().splitlines():
+    for line in text.splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -66,9 +70,16 @@ class Console(Observer):
     def __init__(self, stream: IO[str] | None = None) -> None:
         self.stream = stream or sys.stderr
         self.is_terminal = self.stream.isatty()
+        self._losses: dict[int, float] = {}
+
+    def on_start(self, step: int, total_steps: int) -> None:
+        """Forget the losses of steps that will be repeated."""
+        self._losses = {at: loss for at, loss in self._losses.items() if at <= step}
 
     def on_log(self, record: Record) -> None:
         """Show step, loss, rate, tokens per second and the time that is left."""
+        if "loss" in record:
+            self._losses[record["current_steps"]] = record["loss"]
         text = describe(record)
         if self.is_terminal:
             share = record["current_steps"] / record["total_steps"]
@@ -79,10 +90,13 @@ class Console(Observer):
         self.stream.flush()
 
     def on_end(self, metrics: Record) -> None:
-        """Leave the bar's line."""
+        """Leave the bar's line, and draw the loss of this process's part of the run."""
         if self.is_terminal:
             self.stream.write("\n")
-            self.stream.flush()
+        drawn = sketch(sorted(self._losses.items()), "loss")
+        if drawn:
+            self.stream.write(drawn + "\n")
+        self.stream.flush()
 
 
 def describe(record: Record) -> str:
@@ -95,44 +109,3 @@ def describe(record: Record) -> str:
     parts += [f"{key} {record[key]:.4f}" for key in record if key.endswith("_loss")]
     parts.append(f"ETA {record['remaining_time']}")
     return ", ".join(parts)
-
-
-class LossPlot(Observer):
-    """training_loss.png, drawn once at the end from trainer_log.jsonl."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def on_end(self, metrics: Record) -> None:
-        """Draw training_<key>.png for the loss, and for the evaluation loss where there is one."""
-        records = read_log(self.directory / LOG_NAME)
-        for key in ("loss", "eval_loss"):
-            points = [(r["current_steps"], r[key]) for r in records if key in r]
-            if points:
-                draw_curve(points, key, self.directory / f"training_{key}.png")
-
-
-def draw_curve(points: list[tuple[int, float]], key: str, path: Path) -> None:
-    """Write a picture of (step, value) points: the values and their exponential smoothing."""
-    from matplotlib.figure import Figure
-
-    steps, values = zip(*points, strict=True)
-    weight = 1 - 1 / max(2.0, len(values) / 20)  # follows a short curve, calms a long one
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, values, color="#9ec5e8", linewidth=1.2, label=key, marker=".", markersize=3)
-    axes.plot(steps, smooth(list(values), weight), color="#1f5fa8", linewidth=2, label="smoothed")
-    axes.set_xlabel("step")
-    axes.set_ylabel(key)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-def smooth(values: list[float], weight: float) -> list[float]:
-    """Exponential moving average that begins at the first value; larger weights smooth more."""
-    smoothed, last = [], values[0]
-    for value in values:
-        last = weight * last + (1 - weight) * value
-        smoothed.append(last)
-    return smoothed

@@ -161,6 +161,10 @@ CASES = {
         ({"trackio_space_id": "s"}, {"report_to": "trackio"}, "trackio_space_id=s")
     ],
     "nothing_beside_none": [({"report_to": "none,wandb"}, {"report_to": "wandb"}, "none")],
+    "plotted_keys_are_logged": [
+        ({"plot_loss": ["eval_loss"]}, {"eval_strategy": "steps", "val_size": 0.1}, "eval_loss"),
+        ({"plot_loss": "learning_rate"}, {"plot_loss": "lr"}, "Write lr"),
+    ],
     "best_needs_evaluations": [
         ({key: value}, {"eval_strategy": "steps"}, key)
         for key, value in {

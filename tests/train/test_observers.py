@@ -1,9 +1,9 @@
-"""Observers: the log file over a resume, the console's lines, the picture."""
+"""Observers: the log file over a resume, the console's lines and its curve."""
 
 import io
 import json
 
-from llmray.train.observers import Console, JsonLines, LossPlot, read_log, smooth
+from llmray.train.observers import Console, JsonLines, read_log
 
 
 def record(step, **extra):
@@ -44,16 +44,27 @@ def test_console_prints_plain_lines_where_there_is_no_terminal():
     assert stream.getvalue() == expected
 
 
-def test_plot_is_a_picture_of_each_curve(tmp_path):
-    log = JsonLines(tmp_path)
-    log.on_start(0, 10)
-    log.on_log(record(1))
-    log.on_log(record(2, eval_loss=0.4))
-    LossPlot(tmp_path).on_end({})
-    for name in ("training_loss.png", "training_eval_loss.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+def test_console_ends_with_the_curve_of_the_losses_that_were_kept():
+    """A second attempt begins after step 3: what the first one logged of steps 4 and 5 goes."""
+    stream = io.StringIO()
+    console = Console(stream)
+    console.on_start(0, 10)
+    for step in (1, 2, 3, 4, 5):
+        console.on_log(record(step, loss=float(step)))
+    console.on_start(3, 10)
+    console.on_log(record(4, loss=0.5))
+    stream.truncate(0)
+    console.on_end({})
+    drawn = stream.getvalue().strip("\0\n").splitlines()
+    assert drawn[0].startswith("  3 |")
+    assert drawn[-3].startswith("0.5 |")
+    assert drawn[-1].endswith("loss to step 4")
 
 
-def test_smoothing_by_hand():
-    """Weight 0.5 from 4: 4, then (4 + 0) / 2 = 2, then (2 + 2) / 2 = 2."""
-    assert smooth([4.0, 0.0, 2.0], weight=0.5) == [4.0, 2.0, 2.0]
+def test_console_draws_nothing_of_a_single_step():
+    stream = io.StringIO()
+    console = Console(stream)
+    console.on_log(record(1))
+    stream.truncate(0)
+    console.on_end({})
+    assert stream.getvalue().strip("\0") == ""
