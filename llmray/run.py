@@ -27,7 +27,7 @@ from llmray.errors import CheckpointError
 from llmray.model import export, load, memory, tuning
 from llmray.model.attention import why_not_flat
 from llmray.model.head import TokenModel
-from llmray.train import checkpoint, optimizers, precision
+from llmray.train import checkpoint, optimizers, precision, schedules
 from llmray.train.artefacts import Artefacts
 from llmray.train.engine import Engine
 from llmray.train.evaluate import evaluate
@@ -135,7 +135,7 @@ def run(arguments: RunArguments, context: Context) -> RunResult:
             do_step=SupervisedStep(
                 training.engine, training.train, training.batches, training.objective
             ),
-            evaluate=(lambda: _evaluate(training)) if training.evals else None,
+            evaluate=(lambda: _observed(training)) if training.evals else None,
             save=lambda step: _save(training, files, step),
             stop=context.stop,
             observers=observers,
@@ -178,7 +178,7 @@ def _assemble(arguments: RunArguments, context: Context) -> _Training:
         model,
         trainable,
         optimizers.build(model, trainable, arguments.optimizer),
-        optimizers.schedule(arguments.optimizer, pace.total_steps),
+        schedules.schedule(arguments.optimizer, pace.total_steps),
         world=world,
         precision=numbers,
         max_grad_norm=arguments.optimizer.max_grad_norm,
@@ -322,6 +322,13 @@ def _check_identity(found: checkpoint.Found, ours: dict[str, Any], run_dir: str)
 def _evaluate(training: _Training) -> dict[str, float]:
     per_device = training.arguments.training.per_device_eval_batch_size
     return evaluate(training.engine, training.evals, training.objective, per_device)
+
+
+def _observed(training: _Training) -> dict[str, float]:
+    """An evaluation within training, which the schedule of the learning rate sees."""
+    metrics = _evaluate(training)
+    training.engine.schedule.observe(metrics["eval_loss"], greater_is_better=False)
+    return metrics
 
 
 def _save(training: _Training, files: Artefacts, step: int) -> str:

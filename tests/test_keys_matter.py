@@ -248,6 +248,10 @@ ROWS: dict[str, Row] = {
     "adam_epsilon": Row(1e-8, 1.0, weights),
     "max_grad_norm": Row(0.0, 1e-3, weights, {"adam_epsilon": 1e-3}),
     "lr_scheduler_type": Row("cosine", "constant"),
+    "lr_scheduler_kwargs": Row(
+        {"step_size": 1}, {"step_size": 2}, keys={"lr_scheduler_type": "step"}
+    ),
+    "optim_args": Row(..., "momentum=0.9", weights, {"optim": "sgd"}),
     "warmup_ratio": Row(0.0, 0.5),
     "warmup_steps": Row(0, 2),
     "do_eval": Row(False, True, files, {"val_size": 0.25}),

@@ -121,12 +121,12 @@ NOT_BUILT: dict[str, Gap] = {
     ),
     # optimizers and schedules
     "optim": Gap(
-        "Of the optimizers only AdamW is built yet. Use adamw_torch or adamw_torch_fused.",
-        only("adamw_torch", "adamw_torch_fused"),
+        "Of the optimizers only torch's own and Adafactor are built yet. Use adamw_torch, "
+        "adamw_torch_fused, adafactor, sgd, adagrad or rmsprop.",
+        only("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"),
     ),
     **_family(
-        f"Optimizers beside AdamW are not built yet. {_REMOVE}",
-        "optim_args",
+        f"Optimizers of low rank, by blocks or by matrices are not built yet. {_REMOVE}",
         "optim_target_modules",
         "use_galore",
         "galore_target",
@@ -157,10 +157,9 @@ NOT_BUILT: dict[str, Gap] = {
         "use_muon",
     ),
     "lr_scheduler_type": Gap(
-        "That schedule is not built yet. Use cosine, linear, constant or constant_with_warmup.",
-        only("cosine", "linear", "constant", "constant_with_warmup"),
+        "Rates that follow the loss up and down are not built yet. Use reduce_lr_on_plateau.",
+        lambda value, flat: value != "greedy",
     ),
-    "lr_scheduler_kwargs": Gap(f"No schedule that is built takes settings yet. {_REMOVE}"),
     # data
     "dataset_dir": Gap(
         "Sets from a hub are not built yet. Name a local folder with a dataset_info.json.",

@@ -205,20 +205,6 @@ def one_supervised_loss(arguments: RunArguments) -> Iterator[Problem]:
         yield Problem(keys, f"{' with '.join(keys)}: a run has one loss. Keep one of them.")
 
 
-def minimum_rate_is_given(arguments: RunArguments) -> Iterator[Problem]:
-    """Schedules that end at a minimum need it."""
-    optimizer = arguments.optimizer
-    settings = optimizer.lr_scheduler_kwargs or {}
-    if optimizer.lr_scheduler_type in ("cosine_with_min_lr", "cosine_warmup_with_min_lr") and not (
-        {"min_lr", "min_lr_rate"} & set(settings)
-    ):
-        yield Problem(
-            ("lr_scheduler_type", "lr_scheduler_kwargs"),
-            f"lr_scheduler_type={optimizer.lr_scheduler_type}, but no minimum is given. Write "
-            "lr_scheduler_kwargs: {min_lr_rate: 0.1}.",
-        )
-
-
 METHOD_RULES: tuple[Rule, ...] = (
     one_precision,
     one_optimizer,
@@ -234,5 +220,4 @@ METHOD_RULES: tuple[Rule, ...] = (
     ppo_needs_reward,
     smoothing_of_sigmoid,
     one_supervised_loss,
-    minimum_rate_is_given,
 )

@@ -64,6 +64,7 @@ Schedule = Literal[
     "cosine_with_min_lr",
     "cosine_warmup_with_min_lr",
     "warmup_stable_decay",
+    "step",
     "greedy",
 ]
 

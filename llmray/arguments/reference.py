@@ -30,6 +30,7 @@ from llmray.arguments.problems import (
 )
 from llmray.arguments.rules import RULES
 from llmray.arguments.run import FIELDS, GROUP_OF, GROUPS
+from llmray.arguments.settings import OPTIMIZER_SETTINGS, SCHEDULE_SETTINGS
 
 DOCS = Path(__file__).parents[2] / "docs"
 WIDTH = 88
@@ -106,7 +107,7 @@ def markdown() -> str:
         head = "| key | takes | default | meaning | |\n|---|---|---|---|---|"
         title = (group.__doc__ or "").strip().splitlines()[0]
         parts.append("\n".join([f"## {name}\n\n{title}\n", head, *rows, ""]))
-    return "\n".join([*parts, _other_names(), _contradictions(), _environment()])
+    return "\n".join([*parts, _settings(), _other_names(), _contradictions(), _environment()])
 
 
 def write(directory: Path = DOCS) -> None:
@@ -195,6 +196,34 @@ def _values(field: FieldInfo) -> dict[str, Any]:
 def _converted(name: str) -> str:
     meant = CONVERTED[name](True)
     return "true stands for " + ", ".join(f"{key}: {shown(value)}" for key, value in meant.items())
+
+
+def _settings() -> str:
+    """The settings of each schedule and optimizer."""
+    head = "| of | setting | takes | default | meaning |\n|---|---|---|---|---|"
+    parts = []
+    for key, owner, table in (
+        ("lr_scheduler_kwargs", "lr_scheduler_type", SCHEDULE_SETTINGS),
+        ("optim_args", "optim", OPTIMIZER_SETTINGS),
+    ):
+        rows = [
+            f"| `{name}` | `{setting}` | {requirement(field)} | {_setting_default(field)} | "
+            f"{field.description} |"
+            for name, group in table.items()
+            for setting, field in group.model_fields.items()
+        ]
+        bare = ", ".join(f"`{name}`" for name, group in table.items() if not group.model_fields)
+        parts.append(
+            f"## Settings in {key}\n\nBy {owner}; {bare} take none.\n\n"
+            + "\n".join([head, *rows, ""])
+        )
+    return "\n".join(parts)
+
+
+def _setting_default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return f"`{_default(field)}`" if _default(field) else ""
 
 
 def _other_names() -> str:

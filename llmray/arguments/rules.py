@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING
 
 from llmray.arguments.method_rules import METHOD_RULES, Rule
 from llmray.arguments.problems import Problem, given, shown
+from llmray.arguments.settings import SETTINGS_RULES
 
 if TYPE_CHECKING:
     from llmray.arguments.run import RunArguments
+
+# schedules that begin at the full rate
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau")
 
 
 def model_is_named(arguments: RunArguments) -> Iterator[Problem]:
@@ -370,6 +374,7 @@ RULES: tuple[Rule, ...] = (
     described_tokens_need_descriptions,
     resources_are_amounts,
     *METHOD_RULES,
+    *SETTINGS_RULES,
 )
 
 
@@ -381,9 +386,10 @@ def broken(arguments: RunArguments) -> list[Problem]:
 def remarks(arguments: RunArguments) -> list[str]:
     """What is no mistake, and still may not be what was meant."""
     optimizer = arguments.optimizer
-    if optimizer.warmup_steps and optimizer.warmup_ratio:
-        return [
-            f"warmup_steps={optimizer.warmup_steps} goes before "
-            f"warmup_ratio={optimizer.warmup_ratio}, which does nothing"
-        ]
+    steps, ratio = optimizer.warmup_steps, optimizer.warmup_ratio
+    said = f"warmup_steps={steps}" if steps else f"warmup_ratio={ratio}"
+    if (steps or ratio) and optimizer.lr_scheduler_type in WITHOUT_WARMUP:
+        return [f"{said} does nothing with lr_scheduler_type={optimizer.lr_scheduler_type}"]
+    if steps and ratio:
+        return [f"{said} goes before warmup_ratio={ratio}, which does nothing"]
     return []

@@ -19,9 +19,9 @@ from llmray.batch import Batch
 from llmray.errors import CheckpointError
 from llmray.model.head import TokenModel, TokenOutput
 from llmray.train.losses import Objective
-from llmray.train.optimizers import Factor
 from llmray.train.parallel import World
 from llmray.train.precision import Precision
+from llmray.train.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Engine:
         model: the token model, on its device.
         trainable: the parameters that train, by their names in `model`; in a fixed order.
         optimizer: over exactly these parameters.
-        schedule: factor of the learning rate at a step.
+        schedule: factor of the learning rate at a step; part of the engine's state.
         world: this rank among all.
         precision: the arithmetic.
         max_grad_norm: clip threshold of the global gradient norm; 0 does not clip.
@@ -64,7 +64,7 @@ class Engine:
         model: TokenModel,
         trainable: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        schedule: Factor,
+        schedule: Schedule,
         *,
         world: World,
         precision: Precision,
@@ -77,7 +77,7 @@ class Engine:
         self._wrapped = world.wrap(model)
         self._trainable = dict(trainable)
         self._optimizer = optimizer
-        self._schedule = schedule
+        self.schedule = schedule
         self._base_rates = [group["lr"] for group in optimizer.param_groups]
         self._max_grad_norm = max_grad_norm
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=precision.scales_loss)
@@ -139,7 +139,7 @@ class Engine:
         return output
 
     def state_dict(self) -> dict[str, Any]:
-        """What training changes: the trainable weights, the optimizer's moments, the scale."""
+        """What training changes: trainable weights, the optimizer's moments, schedule, scale."""
         moments = {
             name: dict(self._optimizer.state[parameter])
             for name, parameter in self._trainable.items()
@@ -149,6 +149,7 @@ class Engine:
             "step": self.step,
             "trainable": {name: p.detach() for name, p in self._trainable.items()},
             "optimizer": moments,
+            "schedule": self.schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
 
@@ -172,7 +173,16 @@ class Engine:
                 "param_groups": self._optimizer.state_dict()["param_groups"],
             }
         )
+        self._keep_formats(saved)
+        self.schedule.load_state_dict(state["schedule"])
         self._scaler.load_state_dict(state["scaler"])
+
+    def _keep_formats(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """Undo torch's cast of loaded moments to their parameter's dtype, which loses bits."""
+        for name, parameter in self._trainable.items():
+            for key, value in saved.get(name, {}).items():
+                if isinstance(value, Tensor) and key != "step":
+                    self._optimizer.state[parameter][key] = value.to(parameter.device)
 
     def _check_names(self, saved: Mapping[str, Tensor]) -> None:
         ours = {name: tuple(p.shape) for name, p in self._trainable.items()}
@@ -188,7 +198,7 @@ class Engine:
             )
 
     def _set_learning_rate(self) -> float:
-        factor = self._schedule(self.step)
+        factor = self.schedule(self.step)
         for group, base in zip(self._optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = base * factor
         return float(self._base_rates[0] * factor)

@@ -1,28 +1,20 @@
-"""Optimizers, learning-rate schedules and parameter groups: rows of two tables."""
+"""Optimizers and parameter groups: rows of a table."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from llmray.arguments.optimizer import OptimizerArguments
+from llmray.arguments.settings import optimizer_settings
 
-Factor = Callable[[int], float]
-
-
-@dataclass(frozen=True)
-class Horizon:
-    """How long a schedule runs, in optimizer updates."""
-
-    total_steps: int
-    warmup_steps: int
+Groups = list[dict[str, Any]]
 
 
-def adamw(groups: list[dict[str, object]], arguments: OptimizerArguments, fused: bool) -> object:
+def adamw(groups: Groups, arguments: OptimizerArguments, *, fused: bool) -> torch.optim.Optimizer:
     """Decoupled weight decay Adam, https://arxiv.org/abs/1711.05101."""
     return torch.optim.AdamW(
         groups,
@@ -35,56 +27,42 @@ def adamw(groups: list[dict[str, object]], arguments: OptimizerArguments, fused:
     )
 
 
-OPTIMIZERS: dict[str, Callable[[list[dict[str, object]], OptimizerArguments], object]] = {
+def adafactor(groups: Groups, arguments: OptimizerArguments) -> torch.optim.Optimizer:
+    """Adafactor at the schedule's rate, https://arxiv.org/abs/1804.04235; transformers' own class.
+
+    Configured as transformers' Trainer does: no steps of its own choosing, no scaling by weights.
+    """
+    from transformers.optimization import Adafactor
+
+    made = Adafactor(groups, lr=arguments.learning_rate, relative_step=False, **_own(arguments))
+    assert isinstance(made, torch.optim.Optimizer)
+    return made
+
+
+def _own(arguments: OptimizerArguments) -> dict[str, Any]:
+    """The settings in `optim_args` and the defaults of the rest."""
+    return optimizer_settings(arguments).model_dump()
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, OptimizerArguments], torch.optim.Optimizer]] = {
     "adamw_torch": lambda groups, arguments: adamw(groups, arguments, fused=False),
     "adamw_torch_fused": lambda groups, arguments: adamw(groups, arguments, fused=True),
+    "adafactor": adafactor,
+    "sgd": lambda groups, arguments: torch.optim.SGD(
+        groups, lr=arguments.learning_rate, **_own(arguments)
+    ),
+    "adagrad": lambda groups, arguments: torch.optim.Adagrad(
+        groups, lr=arguments.learning_rate, **_own(arguments)
+    ),
+    "rmsprop": lambda groups, arguments: torch.optim.RMSprop(
+        groups, lr=arguments.learning_rate, **_own(arguments)
+    ),
 }
-
-
-def _warm(step: int, horizon: Horizon) -> float:
-    return step / max(1, horizon.warmup_steps)
-
-
-def _progress(step: int, horizon: Horizon) -> float:
-    span = max(1, horizon.total_steps - horizon.warmup_steps)
-    return min(1.0, (step - horizon.warmup_steps) / span)
-
-
-SCHEDULES: dict[str, Callable[[int, Horizon], float]] = {
-    "constant": lambda step, horizon: 1.0,
-    "constant_with_warmup": lambda step, horizon: 1.0,
-    "linear": lambda step, horizon: 1.0 - _progress(step, horizon),
-    "cosine": lambda step, horizon: 0.5 * (1.0 + math.cos(math.pi * _progress(step, horizon))),
-}
-
-
-def warmup_steps(arguments: OptimizerArguments, total_steps: int) -> int:
-    """The length of the warm-up in updates; a ratio is rounded up, and whole steps win over it."""
-    steps = arguments.warmup_steps or 0
-    if steps >= 1:
-        return int(steps)
-    ratio = steps or arguments.warmup_ratio or 0.0
-    return math.ceil(total_steps * ratio)
-
-
-def schedule(arguments: OptimizerArguments, total_steps: int) -> Factor:
-    """The factor of the learning rate at a step (0 for the first update) of `total_steps`."""
-    name = arguments.lr_scheduler_type
-    warms_up = name != "constant"
-    horizon = Horizon(total_steps, warmup_steps(arguments, total_steps) if warms_up else 0)
-    after_warmup = SCHEDULES[name]
-
-    def factor(step: int) -> float:
-        if step < horizon.warmup_steps:
-            return _warm(step, horizon)
-        return after_warmup(step, horizon)
-
-    return factor
 
 
 def parameter_groups(
     model: nn.Module, trainable: Mapping[str, nn.Parameter], weight_decay: float
-) -> list[dict[str, object]]:
+) -> Groups:
     """Two groups: parameters that decay, and norms and biases, which do not."""
     norms = {
         f"{name}.{own}"
@@ -108,6 +86,4 @@ def build(
 ) -> torch.optim.Optimizer:
     """The optimizer that `optim` names, over `trainable` (names as in `model`)."""
     groups = parameter_groups(model, trainable, arguments.weight_decay)
-    optimizer = OPTIMIZERS[arguments.optim](groups, arguments)
-    assert isinstance(optimizer, torch.optim.Optimizer)
-    return optimizer
+    return OPTIMIZERS[arguments.optim](groups, arguments)

@@ -25,7 +25,7 @@ additional_target lora_alpha lora_dropout lora_rank lora_target use_rslora creat
 freeze_trainable_layers freeze_trainable_modules freeze_extra_modules pure_bf16 disable_shuffling
 plot_loss
 learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm warmup_ratio
-warmup_steps
+warmup_steps optim_args lr_scheduler_kwargs
 output_dir overwrite_output_dir do_train per_device_train_batch_size per_device_eval_batch_size
 gradient_accumulation_steps num_train_epochs max_steps logging_steps logging_first_step save_steps
 save_total_limit save_only_model eval_strategy eval_steps resume_from_checkpoint
@@ -42,11 +42,11 @@ length_penalty skip_special_tokens
 PARTLY = {
     "stage": (["pt", "sft"], ["rm", "ppo", "dpo", "kto"]),
     "finetuning_type": (["full", "freeze", "lora"], ["oft"]),
-    "optim": (["adamw_torch", "adamw_torch_fused"], ["adafactor", "lion_8bit"]),
-    "lr_scheduler_type": (
-        ["cosine", "linear", "constant", "constant_with_warmup"],
-        ["polynomial", "inverse_sqrt"],
+    "optim": (
+        ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"],
+        ["adamw_bnb_8bit", "lion_8bit"],
     ),
+    "lr_scheduler_type": (["cosine", "linear", "polynomial", "inverse_sqrt"], ["greedy"]),
     "dataset_dir": (["data", "/x"], ["ONLINE", "REMOTE:a/b", {"a": {}}]),
     "template": (["qwen", None], ["qwen3_nothink", "no such"]),
     "packing": ([False, None], [True]),

@@ -201,12 +201,20 @@ CASES = {
     "neat_packing_packs": [
         ({"neat_packing": True, "packing": False}, {"packing": None}, "packing=false")
     ],
-    "minimum_rate_is_given": [
+    "settings_of_the_schedule": [
         (
             {"lr_scheduler_type": "cosine_with_min_lr"},
             {"lr_scheduler_kwargs": {"min_lr": 1e-6}},
             "lr_scheduler_kwargs",
-        )
+        ),
+        (
+            {"lr_scheduler_kwargs": {"num_cycles": 2}},
+            {"lr_scheduler_type": "cosine"},
+            "num_cycles is no setting of lr_scheduler_type=linear",
+        ),
+    ],
+    "settings_of_the_optimizer": [
+        ({"optim_args": "momentum=0.9"}, {"optim": "sgd"}, "momentum is no setting of optim")
     ],
     "described_tokens_need_descriptions": [
         (

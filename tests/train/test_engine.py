@@ -13,7 +13,7 @@ from llmray.arguments.optimizer import OptimizerArguments
 from llmray.batch import Batch, Segments
 from llmray.errors import CheckpointError
 from llmray.model.head import TokenModel
-from llmray.train import optimizers
+from llmray.train import optimizers, schedules
 from llmray.train.engine import Engine
 from llmray.train.losses import LanguageModeling
 from llmray.train.parallel import World
@@ -26,6 +26,8 @@ def engine(*, precision="fp32", dropout=0.0, clip=1.0, trains=None, **keys):
     torch.manual_seed(0)
     model = build_model("llama", amplify=2.0, attention_dropout=dropout)
     token_model = TokenModel(model, flat=True)
+    if PRECISIONS[precision].pure:
+        token_model.to(torch.bfloat16)
     for name, parameter in token_model.named_parameters():
         parameter.requires_grad_(trains is None or trains in name)
     trainable = {n: p for n, p in token_model.named_parameters() if p.requires_grad}
@@ -34,7 +36,7 @@ def engine(*, precision="fp32", dropout=0.0, clip=1.0, trains=None, **keys):
         token_model,
         trainable,
         optimizers.build(token_model, trainable, options),
-        optimizers.schedule(options, 10),
+        schedules.schedule(options, 10),
         world=CPU,
         precision=PRECISIONS[precision],
         max_grad_norm=clip,
@@ -107,17 +109,49 @@ def test_result_does_not_depend_on_the_split_into_micro_batches(split):
     torch.testing.assert_close(weights(parts), weights(whole), atol=2e-5, rtol=0)
 
 
-def test_resumed_engine_is_bitwise_equal():
-    whole = engine(weight_decay=0.1, lr_scheduler_type="cosine", warmup_steps=2)
+OPTIMIZERS = {
+    "adamw_torch": {"weight_decay": 0.1},
+    "adamw_torch_fused": {},
+    "adafactor": {"optim_args": "beta1=0.9,scale_parameter=true"},
+    "sgd": {"optim_args": "momentum=0.9,nesterov=true"},
+    "adagrad": {},
+    "rmsprop": {"optim_args": "momentum=0.5,centered=true"},
+}
+
+
+@pytest.mark.parametrize("pure", [False, True])
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_resumed_engine_is_bitwise_equal(optim, pure):
+    """Also where weights are bf16 and Adafactor's moments are not."""
+    keys = {**OPTIMIZERS[optim], "optim": optim, "lr_scheduler_type": "cosine", "warmup_steps": 2}
+    keys |= {"precision": "pure_bf16" if pure else "fp32"}
+    whole = engine(**keys)
     train(whole, 5)
-    first = engine(weight_decay=0.1, lr_scheduler_type="cosine", warmup_steps=2)
+    first = engine(**keys)
     train(first, 3)
     state = copy.deepcopy(first.state_dict())
-    second = engine(weight_decay=0.1, lr_scheduler_type="cosine", warmup_steps=2)
+    second = engine(**keys)
     second.load_state_dict(state)
     train(second, 2, seed=4)
     assert second.step == whole.step == 5
     assert torch.equal(weights(second), weights(whole))
+    assert not torch.equal(weights(second), weights(engine(**keys)))
+
+
+def test_resumed_plateau_is_bitwise_equal():
+    keys = {
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+        "lr_scheduler_kwargs": {"factor": 0.5, "patience": 1},
+    }
+    whole, first, second = engine(**keys), engine(**keys), engine(**keys)
+    for of in (whole, first):
+        for metric in (1.0, 2.0):
+            of.schedule.observe(metric, greater_is_better=False)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for of in (whole, second):
+        of.schedule.observe(3.0, greater_is_better=False)
+        of.forward_backward([flat(rows(5))], LanguageModeling())
+    assert second.optim_step().learning_rate == whole.optim_step().learning_rate == 0.005
 
 
 def test_clipping_bounds_the_update_and_reports_the_norm_before():
