@@ -9,6 +9,7 @@ update of a run of 200; exits with 1 where a factor differs by more than 1e-7.
 from __future__ import annotations
 
 import argparse
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,11 @@ def draw(curves: dict[str, tuple[list[float], list[float]]], path: Path) -> None
     ):
         axes.plot(other, color="#f2b880", linewidth=6, label="torch" if name == "step" else "HF")
         axes.plot(own, color="#1f5fa8", linewidth=1.4, label="llmray")
-        said = ", ".join(f"{key}={value}" for key, value in SETTINGS.get(name, {}).items())
+        pairs = [f"{key}={value}" for key, value in SETTINGS.get(name, {}).items()]
+        said = textwrap.fill(", ".join(pairs), 44)
         axes.set_title(f"{name}\n{said}", fontsize=9)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="upper right")
+        axes.legend(fontsize=8, loc="lower left")
     figure.supxlabel("update")
     figure.supylabel("learning rate")
     figure.savefig(path, dpi=110)
