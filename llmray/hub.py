@@ -107,6 +107,13 @@ def _of_folder(path: Path, kind: Kind) -> Path:
 
 
 def _of_hub(name: str, model_args: ModelArguments, kind: Kind) -> Path:
+    asked = environment.other_hub(os.environ)
+    if asked is not None:
+        raise ModelError(
+            f"{KEYS[kind]}={name} is no folder here, and {asked} asks for it from "
+            f"{environment.OTHER_HUBS[asked]}, from which downloads are not built yet. Fetch it by "
+            f"that hub's own tool and name the folder, or unset {asked} for Hugging Face's hub."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars

@@ -135,9 +135,7 @@ def _flags(ranks: Ranks) -> list[str]:
 def _prepare_environment(ranks: Ranks) -> None:
     share = max(1, (os.cpu_count() or 1) // ranks.num_processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
-    if environment.flag(os.environ, "OPTIM_TORCH") is not False:
-        # Segments that grow instead of fragmenting: batches differ in length at every step.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.update(environment.allocator(os.environ))
     # The ranks and this module say what happened; the agent's own lines would repeat it at length.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 

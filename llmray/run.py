@@ -34,7 +34,7 @@ from llmray.train.evaluate import evaluate
 from llmray.train.loop import Cadence, Loop, Outcome, Progress, cadence, fit
 from llmray.train.losses import Objective
 from llmray.train.observers import JsonLines, Observer
-from llmray.train.parallel import World
+from llmray.train.parallel import World, set_npu_mode
 from llmray.train.plots import Plots
 from llmray.train.random_state import RandomState, make_deterministic, seed_everything
 from llmray.train.stages import STAGES
@@ -115,6 +115,7 @@ def run(arguments: RunArguments, context: Context) -> RunResult:
     """
     started = time.perf_counter()
     _tune_allocator()
+    set_npu_mode(os.environ)
     if arguments.training.full_determinism:
         make_deterministic()
     files = Artefacts(context.run_dir, is_main=context.world.is_main)

@@ -25,7 +25,7 @@ from llmray import run as runs
 from llmray.arguments import capabilities
 from llmray.arguments.run import FIELDS, load
 from llmray.data import prepared
-from llmray.errors import ClusterError
+from llmray.errors import ArgumentsError, ClusterError
 from llmray.model.load import load_model
 from llmray.run import Context, run
 from llmray.serve import answering
@@ -271,6 +271,7 @@ ROWS: dict[str, Row] = {
     "data_seed": Row(42, 43),
     "bf16": Row(False, True, keys={"fp32": ...}),
     "fp16": Row(False, True, keys={"fp32": ...}),
+    "compute_dtype": Row("float32", "bfloat16", keys={"fp32": ...}),
     "output_dir": Row("@first", "@second", str),
 }
 
@@ -412,7 +413,23 @@ def timeout(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> float:
     return seconds[0]
 
 
+def goes(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> str:
+    """What a run comes to: nothing, or why it is refused."""
+    try:
+        site.train({"max_steps": 1, **keys})
+    except ArgumentsError as error:
+        return str(error)
+    return ""
+
+
+def goes_as_text(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> str:
+    return goes(site, {**TEXT, **keys}, patch)
+
+
 SEEN: dict[str, tuple[Any, Any, Seen]] = {
+    "device_map": ({"": "cpu"}, {"": 0}, goes),
+    "model_max_length": (64, 65, goes),
+    "block_diag_attn": (False, True, goes_as_text),
     "flash_attn": ("sdpa", "disabled", implementation),
     "use_reentrant_gc": (False, True, reentrant),
     "disable_gradient_checkpointing": (False, True, checkpointing),

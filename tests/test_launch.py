@@ -1,4 +1,6 @@
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -130,3 +132,36 @@ def test_torchrun_hands_a_signal_to_all_ranks_and_waits(ranks_script: Path) -> N
     assert process.returncode == 128 + signal.SIGTERM
     assert all((ranks_script / f"stopped{rank}").exists() for rank in (0, 1))
     assert "Traceback" not in err
+
+
+MACHINE = """
+import os, sys
+from llmray import launch
+raise SystemExit(launch.torchrun(launch.plan(False, os.environ), sys.argv[1:]))
+"""
+
+MEMBER = """
+import os, pathlib, sys
+names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "PYTORCH_CUDA_ALLOC_CONF")
+facts = " ".join(os.environ[name] for name in names)
+(pathlib.Path(sys.argv[1]) / os.environ["GROUP_RANK"]).write_text(facts)
+"""
+
+
+def test_two_machines_meet_where_the_variables_say(tmp_path: Path) -> None:
+    (tmp_path / "machine.py").write_text(MACHINE)
+    (tmp_path / "member.py").write_text(MEMBER)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    words = [sys.executable, f"{tmp_path}/machine.py", f"{tmp_path}/member.py", str(tmp_path)]
+    shared = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    machines = [
+        subprocess.Popen(words, env={**os.environ, **shared, "NODE_RANK": rank}, stderr=-1)
+        for rank in ("0", "1")
+    ]
+    for machine in machines:
+        _, said = machine.communicate(timeout=120)
+        assert machine.returncode == 0, said.decode()
+    for rank in ("0", "1"):
+        facts = (tmp_path / rank).read_text()
+        assert facts == f"{rank} 2 1 {port} expandable_segments:True"

@@ -431,10 +431,6 @@ NOT_SUPPORTED: dict[str, Gap] = {
     "export_legacy_format": Gap(
         "Transformers 5 writes no .bin files; weights are safetensors. Remove the key."
     ),
-    "compute_dtype": Gap("It is derived. Write bf16, fp16 or pure_bf16."),
-    "device_map": Gap("It is derived. Write resources_per_worker, or CUDA_VISIBLE_DEVICES."),
-    "model_max_length": Gap("It is derived. Write cutoff_len."),
-    "block_diag_attn": Gap("It is derived. Texts of one row never see each other."),
     "average_tokens_across_devices": Gap(
         "The loss is always divided by the tokens of all workers, so that it does not depend on "
         "how a batch is split. Remove the key."

@@ -43,8 +43,18 @@ VARIABLES: dict[str, Variable] = {
     "NODE_RANK": Variable("count", "Number of this machine, from 0."),
     "MASTER_ADDR": Variable("text", "Address of the machine with NODE_RANK 0."),
     "MASTER_PORT": Variable("count", "Free port of that machine."),
-    "OPTIM_TORCH": Variable("flag", "Let torch's CUDA memory grow in place, under torchrun; on."),
+    "OPTIM_TORCH": Variable("flag", "Let torch's CUDA memory grow in place, in workers; on."),
+    "NPU_JIT_COMPILE": Variable("flag", "Compile operators of an Ascend NPU just in time; off."),
+    "FORCE_CHECK_IMPORTS": Variable(
+        "flag", "Refuse model code from a hub where a package that it names is missing."
+    ),
+    "USE_MODELSCOPE_HUB": Variable("flag", "Names of models are ModelScope's: not built yet."),
+    "USE_OPENMIND_HUB": Variable("flag", "Names of models are Modelers': not built yet."),
 }
+# Libraries read these by themselves; llmray hands them to every worker.
+PASSED_PREFIXES = ("HF_", "NCCL_", "GLOO_", "MALLOC_", "TRANSFORMERS_", "WANDB_", "SWANLAB_")
+# The hubs that are not built yet, by the variable that asks for them.
+OTHER_HUBS = {"USE_MODELSCOPE_HUB": "ModelScope", "USE_OPENMIND_HUB": "Modelers"}
 
 # Variables whose values must not be seen; libraries read them by themselves.
 SECRETS: tuple[str, ...] = (
@@ -73,6 +83,33 @@ def allow_extra_args(environ: Mapping[str, str]) -> bool:
 def version_check_disabled(environ: Mapping[str, str]) -> bool:
     """Whether the nodes' versions are not compared."""
     return bool(flag(environ, "DISABLE_VERSION_CHECK"))
+
+
+def allocator(environ: Mapping[str, str]) -> dict[str, str]:
+    """What OPTIM_TORCH sets for processes that compute on CUDA: memory segments that can grow.
+
+    Batches differ in length at every step, which fragments segments of fixed size. Nothing where
+    it is off, or where the user has set torch's allocator.
+    """
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    if flag(environ, "OPTIM_TORCH") is False or any(environ.get(name) for name in names):
+        return {}
+    return {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+
+def compiles_on_npu(environ: Mapping[str, str]) -> bool:
+    """Whether operators of an NPU are compiled just in time."""
+    return bool(flag(environ, "NPU_JIT_COMPILE"))
+
+
+def imports_checked(environ: Mapping[str, str]) -> bool:
+    """Whether model code from a hub needs every package that it names."""
+    return bool(flag(environ, "FORCE_CHECK_IMPORTS"))
+
+
+def other_hub(environ: Mapping[str, str]) -> str | None:
+    """The variable that asks for a hub beside Hugging Face's, None where none does."""
+    return next((name for name in OTHER_HUBS if flag(environ, name)), None)
 
 
 def debug(environ: Mapping[str, str]) -> bool:

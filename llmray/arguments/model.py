@@ -163,16 +163,22 @@ class BaseArguments(Group):
         False, description="Run Python code that comes with a model from a hub."
     )
     compute_dtype: Literal["float16", "bfloat16", "float32"] | None = Field(
-        None, description="Derived from bf16, fp16 and pure_bf16; not to be set."
+        None,
+        description="Number format of the arithmetic. Follows from bf16, fp16, fp32 and pure_bf16; "
+        "decides where none of them is given.",
     )
     device_map: TextOrObject | None = Field(
-        None, description="Derived from the devices of each worker; not to be set."
+        None,
+        description="Device of the model. Follows from what each process has, and must name that: "
+        '{"": "cuda:0"} or cpu.',
     )
     model_max_length: Int | None = Field(
-        None, ge=1, description="Derived from cutoff_len; not to be set."
+        None, ge=1, description="Follows from cutoff_len, and must equal it."
     )
     block_diag_attn: bool = Field(
-        False, description="Derived from packing and neat_packing; not to be set."
+        False,
+        description="Texts of one row do not see each other. Follows from packing: it always holds "
+        "but in the blocks of stage pt, where true is refused.",
     )
 
 

@@ -24,6 +24,7 @@ ALIASES: dict[str, str] = {
 # Another spelling of a value.
 VALUES: dict[tuple[str, str], Any] = {
     ("quantization_method", "bitsandbytes"): "bnb",
+    **{("compute_dtype", f"torch.{name}"): name for name in ("float16", "bfloat16", "float32")},
 }
 
 # What to say of a value that a key once took.

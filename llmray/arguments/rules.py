@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from llmray.arguments.derived import DERIVED_RULES
 from llmray.arguments.method_rules import METHOD_RULES, Rule
 from llmray.arguments.problems import Problem, given, shown
 from llmray.arguments.settings import SETTINGS_RULES
@@ -375,6 +376,7 @@ RULES: tuple[Rule, ...] = (
     resources_are_amounts,
     *METHOD_RULES,
     *SETTINGS_RULES,
+    *DERIVED_RULES,
 )
 
 

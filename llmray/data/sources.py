@@ -6,6 +6,7 @@ Files are read by `files`, rows by `conversation`. A set on a hub becomes a loca
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmray import store
+from llmray.arguments import environment
 from llmray.data import files
 from llmray.data.conversation import COLUMNS, FORMATTINGS, TAGS, RowFormat
 from llmray.data.pieces import BOM, CHUNK_BYTES, DataFile
@@ -39,6 +41,7 @@ KEYS = (
     "columns",
     "tags",
 )
+HUB_KEYS = {"USE_MODELSCOPE_HUB": "ms_hub_url", "USE_OPENMIND_HUB": "om_hub_url"}
 NOT_BUILT: dict[str, str] = {
     "script_url": "sets that come with a loading script cannot be read: libraries have dropped "
     "them. Save the rows as JSON lines and name them by file_name.",
@@ -158,17 +161,24 @@ def _open_set(name: str, entry: Any, folder: Path, hub_root: Path) -> DataSet:
             "do not learn. Take another set, or another stage."
         )
     layout = _layout(where, entry)
+    asked = environment.other_hub(os.environ)
+    if asked is not None and entry.get(HUB_KEYS[asked]):
+        raise DataError(_other_hub(where, HUB_KEYS[asked]) + f" Or unset {asked} for hf_hub_url.")
     if entry.get("hf_hub_url"):
         return DataSet(name, (_from_hub(where, entry, hub_root),), layout)
     if entry.get("file_name"):
         return DataSet(name, _local_files(where, folder / entry["file_name"]), layout)
-    for key in ("ms_hub_url", "om_hub_url"):
-        if entry.get(key):
-            raise DataError(
-                f"{where} is on another hub ({key}): only hf_hub_url is built yet. Download the "
-                "set and name it by file_name."
-            )
+    hub_key = next((key for key in HUB_KEYS.values() if entry.get(key)), None)
+    if hub_key is not None:
+        raise DataError(_other_hub(where, hub_key))
     raise DataError(f"{where} names no data. Required: file_name or hf_hub_url.")
+
+
+def _other_hub(where: str, key: str) -> str:
+    return (
+        f"{where} is on another hub ({key}): only hf_hub_url is built yet. Download the set and "
+        "name it by file_name."
+    )
 
 
 def _check_names(where: str, given: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ from llmray.data.chat_template import ChatTemplateRenderer
 from llmray.data.conversation import RowError
 from llmray.data.templates import Renderer, Template
 from llmray.errors import DataError, ModelError
+from llmray.model_code import optional_imports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,12 +36,13 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(model_dir),
-            trust_remote_code=model_args.trust_remote_code,
-            padding_side="right",
-        )
-    except (OSError, ValueError) as error:
+        with optional_imports():
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(model_dir),
+                trust_remote_code=model_args.trust_remote_code,
+                padding_side="right",
+            )
+    except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             f"{model_dir} has no tokenizer that can be loaded: {error}. Required: the files of a "
             "tokenizer (tokenizer.json, tokenizer_config.json) beside the model's."

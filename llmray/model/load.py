@@ -14,10 +14,12 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from llmray.arguments import derived
 from llmray.arguments.model import ModelArguments
 from llmray.errors import ModelError
 from llmray.model.attention import keep_own
 from llmray.model.quiet import quiet
+from llmray.model_code import optional_imports
 
 log = getLogger("llmray")
 
@@ -33,11 +35,11 @@ def load_config(model_dir: Path | str, model_args: ModelArguments) -> Pretrained
     """
     _require_config(Path(model_dir))
     try:
-        with quiet():
+        with quiet(), optional_imports():
             return AutoConfig.from_pretrained(
                 model_dir, trust_remote_code=model_args.trust_remote_code
             )
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
         raise _unreadable(Path(model_dir), error) from error
 
 
@@ -60,8 +62,10 @@ def load_model(
 
     Raises:
         ModelError: if a file is missing or damaged, or the architecture cannot do what is asked.
+        ArgumentsError: if device_map names another device.
     """
     directory = Path(model_dir)
+    derived.check_device(model_args.device_map, str(device))
     config = load_config(directory, model_args)
     if model_args.trust_remote_code:
         log.warning("trust_remote_code: Python code in %s may run", directory)
@@ -71,7 +75,7 @@ def load_model(
         "trust_remote_code": model_args.trust_remote_code,
     }
     try:
-        with quiet():
+        with quiet(), optional_imports():
             if model_args.train_from_scratch:
                 model = AutoModelForCausalLM.from_config(config, **settings)
             else:

@@ -38,7 +38,6 @@ PACKAGES = ("ray", "torch", "transformers")
 NODE_TIMEOUT_S = 120.0  # a node's first task starts a Python process and imports
 
 # what the driver's environment gives to workers; the rest stays here
-PASSED_PREFIXES = ("HF_", "NCCL_", "GLOO_", "MALLOC_", "TRANSFORMERS_")
 PASSED_PROXIES = frozenset(("http_proxy", "https_proxy", "no_proxy", "all_proxy"))
 PASSED_NAMES = frozenset(
     (
@@ -50,8 +49,10 @@ PASSED_NAMES = frozenset(
         "LLMRAY_CACHE",
         "LLMRAY_DEBUG",
         "LLAMAFACTORY_VERBOSITY",
-        "SWANLAB_MODE",
         "DISABLE_VERSION_CHECK",
+        "FORCE_CHECK_IMPORTS",
+        "NPU_JIT_COMPILE",
+        "RECORD_VRAM",
         "PYTORCH_CUDA_ALLOC_CONF",
         "PYTORCH_ALLOC_CONF",
         "CUDA_DEVICE_MAX_CONNECTIONS",
@@ -242,7 +243,7 @@ def split_environment(environ: Mapping[str, str]) -> tuple[dict[str, str], dict[
     secrets = environment.secrets(environ)
     for name, value in environ.items():
         is_named = name in PASSED_NAMES or name in added or name.lower() in PASSED_PROXIES
-        if not (is_named or name.startswith(PASSED_PREFIXES)):
+        if not (is_named or name.startswith(environment.PASSED_PREFIXES)):
             continue
         is_secret = SECRET_NAME.search(name) or SECRET_VALUE.search(value)
         (secrets if is_secret else open_vars)[name] = value

@@ -247,6 +247,8 @@ class _Driver:
         import torch
 
         os.environ.setdefault(HEALTH_CHECK_ENV, str(HEALTH_CHECK_S))
+        if placement.uses_gpu:
+            env_vars = {**environment.allocator(os.environ), **env_vars}
         storage, _, name = self.run_dir.rpartition("/")
         failures = self.arguments.cluster.ray_max_failures
         level = "INFO" if environment.debug(os.environ) else "CRITICAL"

@@ -8,14 +8,19 @@ were started: `World.from_environment` covers this process, torchrun and Ray Tra
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from logging import getLogger
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from llmray.arguments import environment
+
+log = getLogger("llmray")
 
 T = TypeVar("T")
 
@@ -111,6 +116,21 @@ def default_device(local_rank: int) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def set_npu_mode(environ: Mapping[str, str]) -> None:
+    """Do what NPU_JIT_COMPILE says where torch knows Ascend NPUs; elsewhere say that nothing does.
+
+    Args:
+        environ: the environment; ASCEND_RT_VISIBLE_DEVICES is for NPUs alone too.
+    """
+    npu = getattr(torch, "npu", None)  # torch_npu puts it there
+    if npu is not None and npu.is_available():
+        npu.set_compile_mode(jit_compile=environment.compiles_on_npu(environ))
+        return
+    named = [name for name in ("NPU_JIT_COMPILE", "ASCEND_RT_VISIBLE_DEVICES") if environ.get(name)]
+    if named:
+        log.warning("%s: there is no NPU here, so nothing comes of it", ", ".join(named))
 
 
 def backend(device: torch.device) -> str:

@@ -8,6 +8,7 @@ from logging import getLogger
 
 import torch
 
+from llmray.arguments import derived
 from llmray.arguments.run import RunArguments
 from llmray.errors import ArgumentsError
 
@@ -46,6 +47,7 @@ PRECISIONS: dict[str, Precision] = {
     "fp16": Precision("fp16", torch.float16, autocast=torch.float16, scales_loss=True),
     "pure_bf16": Precision("pure_bf16", torch.bfloat16, pure=True),
 }
+OF_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def choose(arguments: RunArguments, device: torch.device) -> Precision:
@@ -54,18 +56,14 @@ def choose(arguments: RunArguments, device: torch.device) -> Precision:
     Raises:
         ArgumentsError: if the device cannot compute in the dtype that was asked for.
     """
-    training = arguments.training
+    dtype = derived.compute_dtype(arguments)
     if arguments.finetuning.pure_bf16:
         name = "pure_bf16"
-    elif training.bf16:
-        name = "bf16"
-    elif training.fp16:
-        name = "fp16"
-    elif training.bf16 is None and training.fp16 is None and not training.fp32:
+    elif dtype is None:
         name, why = _by_hardware(device)
         log.info("dtype %s: %s (bf16, fp16, fp32 or pure_bf16: true chooses)", name, why)
     else:
-        name = "fp32"
+        name = OF_DTYPE[dtype]
     if device.type == "cuda" and "bf16" in name and not torch.cuda.is_bf16_supported(False):
         raise ArgumentsError(
             f"{name}: true, but {torch.cuda.get_device_name(device)} has no bf16 arithmetic. "

@@ -18,6 +18,7 @@ BASE = {
 WORKING = """
 model_name_or_path adapter_name_or_path cache_dir model_revision disable_gradient_checkpointing
 use_reentrant_gc train_from_scratch infer_dtype hf_hub_token print_param_status trust_remote_code
+compute_dtype device_map model_max_length block_diag_attn
 dataset eval_dataset cutoff_len train_on_prompt mask_history
 overwrite_cache preprocessing_batch_size preprocessing_num_workers max_samples val_size
 default_system

@@ -223,6 +223,24 @@ CASES = {
             "new_special_tokens_config",
         )
     ],
+    "dtype_follows_precision": [
+        ({"compute_dtype": "float16", "bf16": True}, {"compute_dtype": "bfloat16"}, "bf16=true"),
+        ({"compute_dtype": "bfloat16", "fp32": True}, {"fp32": False}, "that is float32"),
+        ({"compute_dtype": "float16", "bf16": False}, {"fp16": True}, "bf16=false"),
+        ({"compute_dtype": "float32", "pure_bf16": True}, {"pure_bf16": False}, "pure_bf16=true"),
+    ],
+    "length_follows_cutoff": [
+        ({"model_max_length": 512}, {"cutoff_len": 512}, "cutoff_len=2048"),
+    ],
+    "texts_are_apart": [
+        ({"block_diag_attn": True, "stage": "pt"}, {"packing": False}, "packing: false"),
+        ({"block_diag_attn": True, "stage": "pt", "packing": True}, {"stage": "sft"}, "stage=pt"),
+    ],
+    "model_is_on_one_device": [
+        ({"device_map": "auto"}, {"device_map": "cuda"}, "device_map=auto"),
+        ({"device_map": {"": 0, "lm_head": 1}}, {"device_map": {"": 0}}, "lm_head"),
+        ({"device_map": {"": "disk"}}, {"device_map": {"": "cpu"}}, "disk"),
+    ],
     "resources_are_amounts": [
         ({"resources_per_worker": {"GPU": value}}, {"resources_per_worker": {"CPU": 0.5}}, "GPU")
         for value in (-1, "one", True, 0)

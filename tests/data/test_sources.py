@@ -135,3 +135,11 @@ def test_a_hub_that_does_not_answer_is_named(folder: Path, monkeypatch: pytest.M
         describe(folder, {"hf_hub_url": "some/set"})
     for word in ("some/set", "Hugging Face hub", "Couldn't reach", "file_name"):
         assert word in str(error.value)
+
+
+def test_a_variable_that_asks_for_another_hub_goes_before_hugging_face(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+    with pytest.raises(DataError, match=r"ms_hub_url.*Or unset USE_MODELSCOPE_HUB for hf_hub_url"):
+        describe(folder, {"hf_hub_url": "x/y", "ms_hub_url": "x/z"})

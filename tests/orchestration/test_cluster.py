@@ -134,6 +134,14 @@ def test_environment_is_split_into_open_variables_and_secrets():
         "TOKENIZERS_PARALLELISM": "false",
         "https_proxy": "http://proxy:3128",
         "HTTP_PROXY": "http://user:canary-2@proxy:3128",
+        "WANDB_PROJECT": "p",
+        "WANDB_DISABLED": "true",
+        "WANDB_API_KEY": "canary-6",
+        "SWANLAB_MODE": "offline",
+        "RECORD_VRAM": "1",
+        "FORCE_CHECK_IMPORTS": "1",
+        "NPU_JIT_COMPILE": "1",
+        "ASCEND_RT_VISIBLE_DEVICES": "0",
         "MY_FLAG": "1",
         "MY_API_KEY": "canary-3",
         "SWANLAB_API_KEY": "canary-4",
@@ -150,6 +158,12 @@ def test_environment_is_split_into_open_variables_and_secrets():
         "GLOO_SOCKET_IFNAME": "eth0",
         "TOKENIZERS_PARALLELISM": "false",
         "https_proxy": "http://proxy:3128",
+        "WANDB_PROJECT": "p",
+        "WANDB_DISABLED": "true",
+        "SWANLAB_MODE": "offline",
+        "RECORD_VRAM": "1",
+        "FORCE_CHECK_IMPORTS": "1",
+        "NPU_JIT_COMPILE": "1",
         "MY_FLAG": "1",
     }
     assert secrets == {
@@ -157,6 +171,7 @@ def test_environment_is_split_into_open_variables_and_secrets():
         "HTTP_PROXY": "http://user:canary-2@proxy:3128",
         "MY_API_KEY": "canary-3",
         "SWANLAB_API_KEY": "canary-4",
+        "WANDB_API_KEY": "canary-6",
     }
 
 
