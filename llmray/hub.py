@@ -35,7 +35,13 @@ SAMPLE_BYTES = 1 << 16  # read at both ends and in the middle of a file to tell 
 UNUSED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx*", "*.h5", "*.msgpack", "original/*")
 
 
-def resolve(name: str | Path | None, model_args: ModelArguments, *, kind: Kind = "model") -> Path:
+def resolve(
+    name: str | Path | None,
+    model_args: ModelArguments,
+    *,
+    kind: Kind = "model",
+    weights: bool = True,
+) -> Path:
     """The local folder of a model or adapter, fetched or converted if need be.
 
     Args:
@@ -43,6 +49,7 @@ def resolve(name: str | Path | None, model_args: ModelArguments, *, kind: Kind =
             the name of a hub repository.
         model_args: revision, cache folder and token of the hub.
         kind: what it must hold.
+        weights: whether weights are fetched from a hub too, or only the files around them.
 
     Raises:
         ModelError: if there is no such thing, or the hub cannot be reached.
@@ -59,7 +66,7 @@ def resolve(name: str | Path | None, model_args: ModelArguments, *, kind: Kind =
             f"{KEYS[kind]}={name}: there is no such folder. A folder with {CONFIGS[kind]} or a "
             "name on a hub is required: correct the path."
         )
-    return _of_hub(str(name), model_args, kind)
+    return _of_hub(str(name), model_args, kind, weights)
 
 
 def identity(model_dir: Path | str) -> str:
@@ -106,7 +113,7 @@ def _of_folder(path: Path, kind: Kind) -> Path:
     )
 
 
-def _of_hub(name: str, model_args: ModelArguments, kind: Kind) -> Path:
+def _of_hub(name: str, model_args: ModelArguments, kind: Kind, weights: bool) -> Path:
     asked = environment.other_hub(os.environ)
     if asked is not None:
         raise ModelError(
@@ -127,8 +134,9 @@ def _of_hub(name: str, model_args: ModelArguments, kind: Kind) -> Path:
     if os.environ.get("LOCAL_RANK", "0") != "0" and not are_progress_bars_disabled():
         disable_progress_bars()
     try:
-        path = Path(snapshot_download(name, ignore_patterns=list(UNUSED), **settings))
-        if kind == "model" and not any(path.glob("*.safetensors")):
+        unused = [*UNUSED] if weights else [*UNUSED, "*.safetensors"]
+        path = Path(snapshot_download(name, ignore_patterns=unused, **settings))
+        if weights and kind == "model" and not any(path.glob("*.safetensors")):
             path = Path(snapshot_download(name, ignore_patterns=list(UNUSED[1:]), **settings))
     except (HfHubHTTPError, OSError, ValueError) as error:
         first_line = str(error).strip().split("\n")[0]

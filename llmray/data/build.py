@@ -48,7 +48,7 @@ def build_shard(plan: Plan, index: int) -> ShardReport:
     counts = dict.fromkeys(("read", "truncated", "empty", "without_target"), 0)
     first_without: str | None = None
     problems: list[str] = []
-    for number, where, outcome in _outcomes(plan, shard):
+    for number, where, outcome in outcomes(plan, shard):
         counts["read"] += 1
         if isinstance(outcome, RowError):
             problems.append(f"{files.place(*where)}: {outcome}")
@@ -61,7 +61,7 @@ def build_shard(plan: Plan, index: int) -> ShardReport:
             first_without = first_without or files.place(*where)
         else:
             counts["truncated"] += outcome.is_truncated
-            kept["eval" if number in shard.held_out else shard.table].append(outcome)
+            kept[shard.table_of(number)].append(outcome)
     if problems:
         return ShardReport({}, counts, None, tuple(problems))
     return _write(plan, index, ShardReport({}, counts, first_without), kept)
@@ -108,18 +108,30 @@ Where = tuple[Piece, int]
 Found = tuple[Where, Conversation | RowError]
 
 
-def _outcomes(plan: Plan, shard: Shard) -> Iterator[tuple[int, Where, RowFeatures | RowError]]:
+def outcomes(plan: Plan, shard: Shard) -> Iterator[tuple[int, Where, RowFeatures | RowError]]:
     """For each row of a shard its number, its place, and its features or what is wrong."""
     rows = _conversations(plan, shard)
-    stage, encoder = FEATURES[plan.stage], _encoder(plan.tokenizer_json)
     number = 0
     for batch in _batches(rows, plan.batch_size):
-        right = [found for _, found in batch if isinstance(found, Conversation)]
-        built = iter(stage.build(right, encoder, plan.renderer, plan.options))
-        for where, found in batch:
-            outcome = next(built) if isinstance(found, Conversation) else found
+        kinds = [plan.features_of(shard.table_of(number + i)) for i in range(len(batch))]
+        built = {kind: _built(plan, kind, kinds, batch) for kind in set(kinds)}
+        for kind, (where, found) in zip(kinds, batch, strict=True):
+            outcome = next(built[kind]) if isinstance(found, Conversation) else found
             yield number, where, outcome
             number += 1
+
+
+def _built(
+    plan: Plan, kind: str, kinds: Sequence[str], batch: Sequence[Found]
+) -> Iterator[RowFeatures | RowError]:
+    """The features of those rows of a batch that are of a kind of `FEATURES`, in order."""
+    right = [
+        found
+        for own, (_, found) in zip(kinds, batch, strict=True)
+        if own == kind and isinstance(found, Conversation)
+    ]
+    encoder = _encoder(plan.tokenizer_json)
+    return iter(FEATURES[kind].build(right, encoder, plan.renderer, plan.options))
 
 
 def _batches(rows: Iterator[Found], size: int) -> Iterator[list[Found]]:

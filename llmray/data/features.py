@@ -1,5 +1,6 @@
 """What a row becomes in each stage: FEATURES holds a function from conversations to features.
 
+`prompt` is what rows to evaluate on become where generated responses are judged.
 Lengths are cut by LLaMA-Factory's budgets, turn by turn; targets are marked by place, never by the
 id of a token.
 """
@@ -34,11 +35,19 @@ class FeatureOptions:
 
 @dataclass(frozen=True)
 class RowFeatures:
-    """The tokens of a row; `targets` are pairs of ends of the runs of tokens that are learned."""
+    """The tokens of a row; `targets` are pairs of ends of the runs of tokens that are learned.
+
+    `cuts` are pairs too: before which token `cutoff_len` took tokens out, and how many.
+    """
 
     input_ids: np.ndarray  # (T,) int32
     targets: tuple[int, ...]
-    is_truncated: bool
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether tokens were taken out."""
+        return bool(self.cuts)
 
     @property
     def num_targets(self) -> int:
@@ -93,11 +102,24 @@ def _supervised_row(ids: np.ndarray, borders: list[int], options: FeatureOptions
         (start, stop, bool(number % 2))
         for number, (start, stop) in enumerate(zip(starts, borders, strict=True))
     ]
-    is_truncated = len(ids) > options.cutoff_len
-    if is_truncated:
-        parts = _within_budget(parts, options.cutoff_len, last_first=options.mask_history)
-        ids = np.concatenate([ids[start:stop] for start, stop, _ in parts])
-    return RowFeatures(ids, _runs(parts, options), is_truncated)
+    if len(ids) <= options.cutoff_len:
+        return RowFeatures(ids, _runs(parts, options))
+    parts = _within_budget(parts, options.cutoff_len, last_first=options.mask_history)
+    kept = np.concatenate([ids[start:stop] for start, stop, _ in parts])
+    return RowFeatures(kept, _runs(parts, options), _cuts(parts, len(ids)))
+
+
+def _cuts(parts: Sequence[tuple[int, int, bool]], total: int) -> tuple[int, ...]:
+    """Pairs of a place in the kept tokens, and how many of `total` were taken out there."""
+    cuts: list[int] = []
+    at = place = 0
+    for start, stop, _ in [*parts, (total, total, False)]:
+        if start > at and cuts[-2:-1] == [place]:
+            cuts[-1] += start - at
+        elif start > at:
+            cuts += [place, start - at]
+        place, at = place + stop - start, stop
+    return tuple(cuts)
 
 
 def _runs(parts: Sequence[tuple[int, int, bool]], options: FeatureOptions) -> tuple[int, ...]:
@@ -159,6 +181,53 @@ def budgets(source_len: int, target_len: int, room: int) -> tuple[int, int]:
     return min(source_len, max(room - target_kept, 0)), target_kept
 
 
+def prompts(
+    conversations: Sequence[Conversation],
+    encoder: Encoder,
+    renderer: Renderer | None,
+    options: FeatureOptions,
+) -> list[Outcome]:
+    """What generation starts from, and the last response as the one target.
+
+    Both are tokenized by themselves, as a prompt is that nobody has answered yet. A prompt that is
+    too long keeps its end, where the response's header stands.
+    """
+    assert renderer is not None
+    parts: list[str] = []
+    outcomes: list[Outcome | None] = []
+    for conversation in conversations:
+        try:
+            *said, _ = conversation.messages
+            prompt = renderer.prompt(said, conversation.system)
+            parts += [prompt, renderer.turns(conversation)[-1].target]
+        except RowError as error:
+            outcomes.append(error)
+        else:
+            outcomes.append(None)
+    ids, bounds = encoder.encode(parts)
+    pieces = [ids[bounds[i] : bounds[i + 1]] for i in range(len(parts))]
+    rows = iter(
+        _prompted_row(prompt, response, options.cutoff_len)
+        for prompt, response in zip(pieces[::2], pieces[1::2], strict=True)
+    )
+    return [next(rows) if outcome is None else outcome for outcome in outcomes]
+
+
+def _prompted_row(prompt: np.ndarray, response: np.ndarray, cutoff_len: int) -> RowFeatures:
+    cuts: tuple[int, ...] = ()
+    if len(prompt) + len(response) > cutoff_len:
+        prompt_len, response_len = budgets(len(prompt), len(response), cutoff_len)
+        dropped = (len(prompt) - prompt_len, len(response) - response_len)
+        places = (0, prompt_len + response_len)
+        pairs = zip(places, dropped, strict=True)
+        cuts = tuple(number for place, count in pairs if count for number in (place, count))
+        prompt, response = prompt[len(prompt) - prompt_len :], response[:response_len]
+    start, stop = max(1, len(prompt)), len(prompt) + len(response)
+    return RowFeatures(
+        np.concatenate([prompt, response]), (start, stop) if start < stop else (), cuts
+    )
+
+
 def texts(
     conversations: Sequence[Conversation],
     encoder: Encoder,
@@ -173,16 +242,19 @@ def texts(
     rows: list[Outcome] = []
     for number, whole in enumerate(wholes):
         if not whole.strip():
-            rows.append(RowFeatures(ids[:0], (), False))
+            rows.append(RowFeatures(ids[:0], ()))
             continue
         row = np.concatenate([prefix, ids[bounds[number] : bounds[number + 1]], suffix])
-        is_truncated = not options.packing and len(row) > options.cutoff_len
-        row = row[: options.cutoff_len] if is_truncated else row
-        rows.append(RowFeatures(row, (1, len(row)) if len(row) > 1 else (), is_truncated))
+        cuts: tuple[int, ...] = ()
+        if not options.packing and len(row) > options.cutoff_len:
+            cuts = (options.cutoff_len, len(row) - options.cutoff_len)
+            row = row[: options.cutoff_len]
+        rows.append(RowFeatures(row, (1, len(row)) if len(row) > 1 else (), cuts))
     return rows
 
 
 FEATURES: dict[str, StageFeatures] = {
     "pt": StageFeatures(texts, needs_response=False),
     "sft": StageFeatures(supervised, needs_response=True),
+    "prompt": StageFeatures(prompts, needs_response=True),
 }

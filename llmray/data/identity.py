@@ -128,6 +128,8 @@ def describe(
         "max_samples": data.max_samples,
         "val_size": data.val_size,
     }
+    if arguments.training.predict_with_generate:
+        found["judges_responses"] = True
     if data.val_size:
         found["seed"] = arguments.training.seed
     if stage == "pt":

@@ -51,10 +51,17 @@ class Shard:
     pieces: tuple[tuple[Piece, RowFormat], ...]
     held_out: frozenset[int] = frozenset()
 
+    def table_of(self, number: int) -> str:
+        """The table of the row that is `number` in the shard."""
+        return "eval" if number in self.held_out else self.table
+
 
 @dataclass(frozen=True)
 class Plan:
-    """All that building needs, picklable. `block_len` is set where texts are laid into blocks."""
+    """All that building needs, picklable. `block_len` is set where texts are laid into blocks.
+
+    `judges_responses` says that rows to evaluate on are prompts with the response to compare with.
+    """
 
     key: str
     target: str
@@ -66,6 +73,11 @@ class Plan:
     block_len: int | None
     batch_size: int
     description: dict[str, Any] = field(repr=False)
+    judges_responses: bool = False
+
+    def features_of(self, table: str) -> str:
+        """The key of `FEATURES` for the rows of a table."""
+        return "prompt" if self.judges_responses and table != "train" else self.stage
 
     @property
     def staging(self) -> str:
@@ -114,6 +126,7 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
         block_len=data.cutoff_len if packing else None,
         batch_size=data.preprocessing_batch_size,
         description=job.description,
+        judges_responses=arguments.training.predict_with_generate,
     )
 
 

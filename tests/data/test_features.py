@@ -11,6 +11,7 @@ from llmray.data.features import (
     FeatureOptions,
     RowFeatures,
     budgets,
+    prompts,
     supervised,
     texts,
 )
@@ -26,7 +27,7 @@ class Letters:
         return [Turn(prompt.content, response.content) for prompt, response in pairs]
 
     def prompt(self, messages: Sequence[Message], system: str | None = None) -> str:
-        raise RowError("not asked for")
+        return "".join(message.content for message in messages) + "h"
 
 
 class OneTokenALetter:
@@ -118,6 +119,7 @@ def test_a_long_row_is_cut_turn_by_turn_from_the_first() -> None:
     row = build(dialogue("abc", "DEF", "ghijk", "L", "m", "N"), cutoff_len=10)
     assert row.is_truncated
     assert shown(row) == ("abcDEFghiL", "...DEF...L")
+    assert row.cuts == (9, 2, 10, 2)  # jk before L, mN at the end
 
 
 def test_with_mask_history_the_last_turn_gets_its_room_first() -> None:
@@ -144,6 +146,49 @@ def test_a_row_without_a_target_says_so() -> None:
     row = build(dialogue("abcdefg", "HI"), cutoff_len=3)
     assert shown(row) == ("abc", "...")
     assert row.targets == ()
+
+
+def prompted(*words: str, cutoff_len: int = 100) -> RowFeatures:
+    [row] = prompts([dialogue(*words)], ENCODER, Letters(), FeatureOptions(cutoff_len))
+    assert isinstance(row, RowFeatures)
+    return row
+
+
+def test_a_prompt_is_all_before_the_last_response() -> None:
+    row = prompted("ab", "CD", "e", "FG")
+    assert shown(row) == ("abCDehFG", "......FG")
+    assert row.cuts == ()
+
+
+def test_a_long_prompt_keeps_its_end_and_a_long_response_its_head() -> None:
+    """Room 6: 8 tokens of prompt and 2 of response, which is kept whole: 4 are left of the prompt.
+
+    Room 4: 3 and 6, neither below half: int(4 * 6 / 9) = 2 of the response, 2 of the prompt.
+    """
+    row = prompted("abcdefg", "HI", cutoff_len=6)
+    assert shown(row) == ("efghHI", "....HI")
+    assert row.cuts == (0, 4)
+    row = prompted("ab", "CDEFGH", cutoff_len=4)
+    assert shown(row) == ("bhCD", "..CD")
+    assert row.cuts == (0, 1, 4, 4)
+
+
+def test_prompts_that_cannot_be_written_are_errors_in_their_places() -> None:
+    class Refusing(Letters):
+        def prompt(self, messages: Sequence[Message], system: str | None = None) -> str:
+            if messages[0].content == "bad":
+                raise RowError("no")
+            return super().prompt(messages, system)
+
+    rows = prompts(
+        [dialogue("a", "B"), dialogue("bad", "B"), dialogue("c", "D")],
+        ENCODER,
+        Refusing(),
+        FeatureOptions(100),
+    )
+    assert shown(rows[0]) == ("ahB", "..B")
+    assert isinstance(rows[1], RowError)
+    assert shown(rows[2]) == ("chD", "..D")
 
 
 def test_a_row_that_cannot_be_written_is_an_error_in_its_place() -> None:

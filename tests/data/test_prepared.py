@@ -302,6 +302,31 @@ def test_an_evaluation_set_and_a_head(folder: Path, root: Path, tiny_llama_dir: 
         assert np.array_equal(table.train[index].input_ids, table.eval["eval"][index].input_ids)
 
 
+def test_rows_are_prompts_where_generated_responses_are_judged(
+    folder: Path, root: Path, tiny_llama_dir: Path, small_shards: None
+) -> None:
+    """Rows to train on stay as they are; those to evaluate on end with their only target."""
+    keys = {"val_size": 6, "mask_history": True}
+    plain = arguments(folder, **keys)
+    judged = arguments(folder, **keys, do_predict=True, predict_with_generate=True)
+    before, after = (
+        prepared.open(prepared.ensure(run, tiny_llama_dir, root=root)) for run in (plain, judged)
+    )
+    assert before.path != after.path
+    assert len(after.eval["eval"]) == 6
+    for table in (before.train, after.train):
+        assert len(table) == 34
+    for index in range(34):
+        assert np.array_equal(before.train[index].input_ids, after.train[index].input_ids)
+    for index in range(6):
+        theirs, ours = before.eval["eval"][index], after.eval["eval"][index]
+        start = int(np.argmax(ours.target_mask))
+        assert ours.target_mask[start:].all()
+        if len(theirs.input_ids) < 64:  # nothing was cut: the same tokens, the same response
+            assert np.array_equal(theirs.input_ids, ours.input_ids)
+            assert np.array_equal(theirs.target_mask, ours.target_mask)
+
+
 def test_texts_are_laid_into_blocks_without_losing_a_token(
     folder: Path, root: Path, tiny_llama_dir: Path, small_shards: None
 ) -> None:

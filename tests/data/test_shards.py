@@ -8,9 +8,9 @@ from llmray.data.features import RowFeatures
 from llmray.data.shards import SampleTable
 
 ROWS = [
-    RowFeatures(np.array([5, 6, 7], np.int32), (1, 3), False),
-    RowFeatures(np.array([8, 9, 1, 2, 3], np.int32), (1, 2, 4, 5), False),
-    RowFeatures(np.array([4, 4], np.int32), (1, 2), True),
+    RowFeatures(np.array([5, 6, 7], np.int32), (1, 3)),
+    RowFeatures(np.array([8, 9, 1, 2, 3], np.int32), (1, 2, 4, 5)),
+    RowFeatures(np.array([4, 4], np.int32), (1, 2), (2, 7)),
 ]
 
 
