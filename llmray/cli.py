@@ -32,6 +32,23 @@ DIR is the output_dir of a run, local or a URI; while a run on Ray goes on, its
 log is in <ray_storage_path>/<ray_run_name>. --key names what trainer_log.jsonl
 logs, loss by default. --out names the picture, .png, .svg or .pdf; by default
 it is runs_<key>.png in the current folder."""
+CHECK_HELP = """
+
+  --explain KEY  what a key means, what it is in this run, where that came from and what follows
+                 from it; without a run file, what it means alone"""
+RENDER_HELP = """
+
+  --rows N  how many rows (3)
+  --eval    rows to evaluate on instead of rows to train on
+  --ids     one token a line, with its place and id
+  --json    one object a row: text, input_ids, labels (-100 where nothing is learned), source, cuts
+
+Targets stand in brackets, or in colour on a terminal; what cutoff_len took out is said in place."""
+
+COMPLETION_HELP = """
+  bash  source <(llmray completion bash), in ~/.bashrc for good
+  zsh   source <(llmray completion zsh), in ~/.zshrc after compinit
+  fish  llmray completion fish > ~/.config/fish/completions/llmray.fish"""
 
 
 class Command(NamedTuple):
@@ -78,10 +95,25 @@ def _dispatch(words: list[str]) -> int:
 
 
 def check(words: list[str]) -> int:
-    """Say every problem of a run file at once, or what the run will be."""
+    """Say every problem of a run file at once, or what the run will be; or explain one key."""
     _speak()
-    arguments = _load(words)
+    parser = argparse.ArgumentParser(prog="llmray check", add_help=False, allow_abbrev=False)
+    parser.add_argument("--explain", metavar="KEY")
+    options, rest = parser.parse_known_args(words)
+    if options.explain is not None:
+        return _explain(options.explain, rest)
+    arguments = _load(rest)
     print(_summary(arguments))
+    return 0
+
+
+def _explain(key: str, words: list[str]) -> int:
+    from llmray.arguments import explain
+
+    explanation = explain.explain(key, *_file_and_words(words))
+    print(explanation.text, flush=True)
+    if explanation.error is not None:
+        raise explanation.error
     return 0
 
 
@@ -133,6 +165,26 @@ def plot(words: list[str]) -> int:
     return 0
 
 
+def render(words: list[str]) -> int:
+    """Show rows of the run's data as the model will see them."""
+    _speak()
+    parser = argparse.ArgumentParser(
+        prog="llmray render", description=render.__doc__, add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--rows", type=int, default=3)
+    parser.add_argument("--eval", action="store_true")
+    parser.add_argument("--ids", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    options, rest = parser.parse_known_args(words)
+    if options.rows < 1:
+        raise ArgumentsError(f"--rows {options.rows}: at least 1 is required. Leave it out for 3.")
+    arguments = _with_absolute_paths(_load(rest))
+    from llmray import render as rows
+
+    table = "eval" if options.eval else "train"
+    return rows.render(arguments, rows.Options(options.rows, table, options.ids, options.json))
+
+
 def args(words: list[str]) -> int:
     """Print every key, the keys that are named, or the JSON schema."""
     parser = argparse.ArgumentParser(prog="llmray args", description=args.__doc__)
@@ -145,6 +197,19 @@ def args(words: list[str]) -> int:
         print(reference.json_schema())
     else:
         print(reference.describe(options.key))
+    return 0
+
+
+def completion(words: list[str]) -> int:
+    """Print a script with which a shell completes commands, keys and choices."""
+    from llmray import completion as shells
+
+    if len(words) != 1:
+        raise ArgumentsError(
+            f"llmray completion takes the name of one shell: {', '.join(shells.SCRIPTS)}. "
+            "Try: source <(llmray completion bash)"
+        )
+    print(shells.script(words[0], {name: command.usage for name, command in COMMANDS.items()}))
     return 0
 
 
@@ -174,9 +239,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "check": Command(
         check,
-        "check [RUN.yaml] [key=value | --key value ...]",
+        "check [RUN.yaml] [key=value | --key value ...] [--explain KEY]",
         "say every problem of a run file at once; loads no model, opens no data",
-        RUN_FILE_HELP,
+        RUN_FILE_HELP + CHECK_HELP,
     ),
     "chat": Command(
         chat,
@@ -190,10 +255,22 @@ COMMANDS: dict[str, Command] = {
         "draw a logged key, the loss by default, of several runs in one picture",
         PLOT_HELP,
     ),
+    "render": Command(
+        render,
+        "render [RUN.yaml] [key=value | --key value ...] [--rows N] [--eval] [--ids] [--json]",
+        "rows as the model will see them, with what is learned of them; loads no weights",
+        RUN_FILE_HELP + RENDER_HELP,
+    ),
     "args": Command(
         args,
         "args [--json-schema] [KEY ...]",
         "every key with type, default, range and meaning",
+    ),
+    "completion": Command(
+        completion,
+        "completion bash|zsh|fish",
+        "a script with which a shell completes commands, keys and choices",
+        COMPLETION_HELP,
     ),
     "version": Command(version, "version", "the versions that decide what a run does"),
 }
@@ -227,9 +304,16 @@ def _load(words: list[str]) -> RunArguments:
         raise ArgumentsError(
             "No run file was given. Name a YAML or JSON file, or write the run as key=value words."
         )
+    return load(*_file_and_words(words))
+
+
+def _file_and_words(words: list[str]) -> tuple[str | None, list[str]]:
+    """The run file, where the first word is one, and the words that override it."""
+    if not words:
+        return None, []
     is_override = words[0].startswith("--") or "=" in words[0]
     has_file = not is_override or os.path.isfile(words[0])
-    return load(words[0] if has_file else None, words[1:] if has_file else words)
+    return (words[0], words[1:]) if has_file else (None, words)
 
 
 def _with_absolute_paths(arguments: RunArguments) -> RunArguments:

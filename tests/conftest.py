@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 from tiny import make_model, make_tokenizer
+
+
+@pytest.fixture
+def own_console():
+    """Takes away the log handler that a command installs: it holds this test's stderr."""
+    log = logging.getLogger("llmray")
+    yield
+    log.handlers.clear()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

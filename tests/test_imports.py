@@ -38,6 +38,8 @@ def test_every_module_imports_and_says_what_it_is(name: str) -> None:
         "import llmray.arguments.paths",
         "import llmray.launch",
         "from llmray.cli import main; main(['check', 'learning_rte=1', 'stage=sft'])",
+        "from llmray.cli import main; main(['check', '--explain', 'lora_rank', 'stage=sft'])",
+        "from llmray.cli import main; main(['completion', 'bash'])",
     ],
 )
 def test_the_command_line_and_arguments_stay_light(statement: str) -> None:

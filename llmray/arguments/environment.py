@@ -33,6 +33,7 @@ VARIABLES: dict[str, Variable] = {
     "LLMRAY_HOME": Variable("path", "Folder that relative paths of a run start from."),
     "LLMRAY_CACHE": Variable("path", "Folder of converted models and prepared data."),
     "LLMRAY_DEBUG": Variable("flag", "Show tracebacks."),
+    "NO_COLOR": Variable("text", "Any value: nothing is coloured on a terminal."),
     "LLMRAY_PASS_ENV": Variable("names", "Further variables that are passed on to workers."),
     "ALLOW_EXTRA_ARGS": Variable("flag", "Leave out unknown keys with a warning."),
     "DISABLE_VERSION_CHECK": Variable("flag", "Do not compare the versions of the nodes."),
@@ -115,6 +116,11 @@ def other_hub(environ: Mapping[str, str]) -> str | None:
 def debug(environ: Mapping[str, str]) -> bool:
     """Whether tracebacks are shown."""
     return bool(flag(environ, "LLMRAY_DEBUG"))
+
+
+def no_colour(environ: Mapping[str, str]) -> bool:
+    """Whether nothing is to be coloured on a terminal."""
+    return _text(environ, "NO_COLOR") is not None
 
 
 def home(environ: Mapping[str, str]) -> Path | None:

@@ -97,6 +97,10 @@ class RunArguments(BaseModel):
             if SecretStr not in plain_types(FIELDS[key])
         }
 
+    def value(self, key: str) -> Any:
+        """The value of one key."""
+        return getattr(getattr(self, GROUP_OF[key]), key)
+
     def replace(self, **keys: Any) -> RunArguments:
         """A copy in which these keys have other values, checked as a run file is.
 
@@ -121,7 +125,7 @@ class RunArguments(BaseModel):
         Path(path).write_text(self.yaml(), encoding="utf-8")
 
     def _values(self) -> dict[str, Any]:
-        return {key: getattr(getattr(self, group), key) for key, group in GROUP_OF.items()}
+        return {key: self.value(key) for key in GROUP_OF}
 
 
 def load(
@@ -143,7 +147,7 @@ def load(
     name = str(source) if isinstance(source, str | Path) else "arguments"
     flat, problems = reading.read(source)
     flat, renamed = names.resolve(flat)
-    words, misread = reading.read_words(overrides, _is_flag)
+    words, misread = reading.read_words(overrides, is_flag)
     words, renamed_words = names.resolve(words)
     flat |= words
     if flat.get("use_ray") is None:
@@ -200,6 +204,7 @@ def _without_unknown(flat: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key in FIELDS}
 
 
-def _is_flag(name: str) -> bool:
+def is_flag(name: str) -> bool:
+    """Whether a name stands for true or false, so that `--name` may stand alone."""
     key = names.ALIASES.get(name, name)
     return name in names.CONVERTED or (key in FIELDS and plain_types(FIELDS[key]) in FLAGS)
