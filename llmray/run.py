@@ -27,10 +27,11 @@ from llmray.errors import CheckpointError
 from llmray.model import export, load, memory, tuning
 from llmray.model.attention import why_not_flat
 from llmray.model.head import TokenModel
-from llmray.train import checkpoint, optimizers, precision, schedules
+from llmray.train import checkpoint, optimizers, precision, predict, schedules
 from llmray.train.artefacts import Artefacts
 from llmray.train.engine import Engine
 from llmray.train.evaluate import evaluate
+from llmray.train.generate import Sampling
 from llmray.train.loop import Cadence, Loop, Outcome, Progress, cadence, fit
 from llmray.train.losses import Objective
 from llmray.train.observers import JsonLines, Observer
@@ -58,6 +59,7 @@ class Context:
     stop: Callable[[], str | None]
     observers: tuple[Observer, ...] = ()
     report: Callable[[dict[str, float], str | None], None] | None = None
+    attempt: int = 1  # above 1: workers were lost, and this goes on from their last checkpoint
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,19 @@ class _Training:
         dtype = self.engine.precision.load_dtype if whole else None
         export.write_weights(self.engine.model.model, directory, self.tokenizer, dtype=dtype)
         self.arguments.save(directory / "run_arguments.yaml")
+
+    def predictor(self, stop: Callable[[], str | None]) -> predict.Predictor:
+        """What generates responses to the evaluation rows."""
+        arguments = self.arguments
+        return predict.Predictor(
+            self.engine,
+            self.tokenizer,
+            Sampling.for_evaluation(arguments, self.engine.model.model, self.tokenizer),
+            per_device=arguments.training.per_device_eval_batch_size,
+            seed=arguments.training.seed,
+            skips_special=arguments.generating.skip_special_tokens,
+            stop=stop,
+        )
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resume compares: `identity` must be equal, `arguments` are only reported."""
@@ -144,11 +159,14 @@ def run(arguments: RunArguments, context: Context) -> RunResult:
         )
     )
     metrics = _finish(training, outcome, files, time.perf_counter() - started)
+    stopped = outcome.stopped
+    if stopped is None and arguments.training.do_predict:
+        stopped = _predict(training, files, metrics)
     for observer in observers:
         observer.on_end(metrics)
     files.publish()
     context.world.barrier()
-    return RunResult(metrics, outcome.stopped, training.progress.step)
+    return RunResult(metrics, stopped, training.progress.step)
 
 
 def _assemble(arguments: RunArguments, context: Context) -> _Training:
@@ -279,7 +297,7 @@ def _resume(training: _Training) -> int:
         return 0
     _check_identity(found, ours, context.run_dir)
     total = training.cadence.total_steps
-    if found.step >= total:
+    if found.step >= total and context.attempt == 1:
         raise CheckpointError(
             f"{found.path} is at step {found.step} of {total}: 0 steps remain. To train on, raise "
             "num_train_epochs or max_steps; to train anew, set overwrite_output_dir: true."
@@ -321,8 +339,38 @@ def _check_identity(found: checkpoint.Found, ours: dict[str, Any], run_dir: str)
 
 
 def _evaluate(training: _Training) -> dict[str, float]:
-    per_device = training.arguments.training.per_device_eval_batch_size
-    return evaluate(training.engine, training.evals, training.objective, per_device)
+    options = training.arguments.training
+    per_device = options.per_device_eval_batch_size
+    metrics = evaluate(training.engine, training.evals, training.objective, per_device)
+    if not options.predict_with_generate:
+        return metrics
+    judged = predict.judge(training.predictor(lambda: None), training.evals, metrics)
+    assert judged is not None, "nothing stops it"
+    return judged.metrics
+
+
+def _predict(training: _Training, files: Artefacts, metrics: dict[str, float]) -> str | None:
+    """Predict the evaluation rows, add to `metrics`; returns why it was stopped, if it was."""
+    options, world = training.arguments.training, training.context.world
+    tables = {f"predict{name.removeprefix('eval')}": rows for name, rows in training.evals.items()}
+    lines = None
+    if options.predict_with_generate:
+        judged = predict.judge(training.predictor(training.context.stop), tables)
+        if judged is None:
+            log.info("the prediction was stopped, and nothing of it is written")
+            return world.broadcast(training.context.stop())
+        predicted, lines = judged.metrics, predict.as_lines(judged.predictions)
+    else:
+        per_device = options.per_device_eval_batch_size
+        predicted = evaluate(training.engine, tables, training.objective, per_device)
+    metrics |= predicted
+    log.info("predicted: %s", ", ".join(f"{key} {value:g}" for key, value in predicted.items()))
+    if world.is_main:
+        if lines is not None:
+            files.write_text("generated_predictions.jsonl", lines)
+        files.write_json("predict_results.json", predicted)
+        files.write_json("all_results.json", metrics)
+    return None
 
 
 def _observed(training: _Training) -> dict[str, float]:

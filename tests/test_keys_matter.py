@@ -25,12 +25,14 @@ from llmray import run as runs
 from llmray.arguments import capabilities
 from llmray.arguments.run import FIELDS, load
 from llmray.data import prepared
+from llmray.data.tokenizer import load_tokenizer
 from llmray.errors import ArgumentsError, ClusterError
 from llmray.model.load import load_model
 from llmray.run import Context, run
 from llmray.serve import answering
 from llmray.train import optimizers, precision
 from llmray.train.engine import Engine
+from llmray.train.generate import Sampling
 from llmray.train.observers import read_log
 from llmray.train.parallel import World
 
@@ -183,6 +185,10 @@ def evaluation(output: Path) -> tuple[float, float]:
     return results["eval_loss"], round(results["eval_samples_per_second"] * results["eval_runtime"])
 
 
+def scored(output: Path) -> set[str]:
+    return set(json.loads((output / "eval_results.json").read_text()))
+
+
 def num_rows(output: Path) -> int:
     return json.loads((output / "train_results.json").read_text())["train_tokens"]
 
@@ -208,6 +214,7 @@ FULL = {"finetuning_type": "full"}
 TEXT = {"stage": "pt", "dataset": "text", "template": ...}
 EPOCHS = {"max_steps": -1, "num_train_epochs": 1}
 VALIDATION = {"val_size": 0.25, "eval_strategy": "steps", "eval_steps": 2}
+PREDICTS = {"val_size": 0.25, "predict_with_generate": True, "max_new_tokens": 4}
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 ADAPTER = {"adapter_name_or_path": "@adapter", "lora_rank": 3}
 
@@ -255,6 +262,8 @@ ROWS: dict[str, Row] = {
     "warmup_ratio": Row(0.0, 0.5),
     "warmup_steps": Row(0, 2),
     "do_eval": Row(False, True, files, {"val_size": 0.25}),
+    "do_predict": Row(False, True, files, PREDICTS),
+    "predict_with_generate": Row(False, True, scored, {**PREDICTS, "do_eval": True}),
     "per_device_train_batch_size": Row(2, 3),
     "gradient_accumulation_steps": Row(1, 2),
     "num_train_epochs": Row(1, 2, steps, {"max_steps": -1}),
@@ -535,9 +544,26 @@ def test_seen_by_ray(key: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> N
 # ---- keys of generation: what transformers is asked for, and what is shown --------------------
 
 
-def drawn(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Keys:
-    generating = site.arguments(keys).generating
-    return answering.generation_config(generating, [2], 0).to_diff_dict()
+def sampling(site: Site, keys: Keys, make: Callable[..., Sampling]) -> Any:
+    arguments = site.arguments(keys)
+    tokenizer = load_tokenizer(site.root / "model", arguments.model)
+    model = load_model(
+        site.root / "model",
+        arguments.model,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        gradient_checkpointing=False,
+    )
+    made = make(arguments, model, tokenizer)
+    return made.config(9).to_diff_dict(), made.budget(5, None)
+
+
+def drawn(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Any:
+    return sampling(site, keys, Sampling.of)
+
+
+def in_evaluation(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Any:
+    return sampling(site, keys, Sampling.for_evaluation)
 
 
 def answered(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> tuple[str, torch.dtype]:
@@ -546,11 +572,11 @@ def answered(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> tuple[str, to
     return answerer.text([start, 40], plain=False), answerer.model.dtype
 
 
-def in_beams(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Keys:
+def in_beams(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Any:
     return drawn(site, {"num_beams": 2, **keys}, patch)
 
 
-def without_new_tokens(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Keys:
+def without_new_tokens(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Any:
     return drawn(site, {"max_new_tokens": 0, **keys}, patch)
 
 
@@ -565,6 +591,10 @@ GENERATING: dict[str, tuple[Any, Any, Seen]] = {
     "repetition_penalty": (1.0, 1.5, drawn),
     "length_penalty": (1.0, 1.5, in_beams),
     "skip_special_tokens": (True, False, answered),
+    "use_kv_cache": (True, False, drawn),
+    "eval_num_beams": (..., 2, in_evaluation),
+    "generation_num_beams": (..., 3, in_evaluation),
+    "generation_max_length": (..., 20, in_evaluation),
     "infer_dtype": ("float32", "bfloat16", answered),
 }
 

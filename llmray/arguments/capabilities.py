@@ -248,7 +248,6 @@ NOT_BUILT: dict[str, Gap] = {
     ),
     "infer_backend": Gap("Only transformers generates yet. Use huggingface."),
     "offload_folder": Gap(f"Weights offloaded to disk are not built yet. {_REMOVE}"),
-    "use_kv_cache": Gap(f"Generation without a cache is not built yet. {_REMOVE}"),
     **_family(
         f"Hubs beside Hugging Face's are not built yet. {_REMOVE}", "ms_hub_token", "om_hub_token"
     ),
@@ -293,14 +292,9 @@ NOT_BUILT: dict[str, Gap] = {
         "Evaluation without training is not built yet. Write do_train: true too.",
         lambda value, flat: flat["do_train"],
     ),
-    **_family(
-        f"Generated predictions are not built yet. {_REMOVE}",
-        "do_predict",
-        "predict_with_generate",
-        "eval_num_beams",
-        "generation_max_length",
-        "generation_num_beams",
-        "generation_config",
+    "do_predict": Gap(
+        "Prediction without training is not built yet. Write do_train: true too.",
+        lambda value, flat: flat["do_train"],
     ),
     "auto_find_batch_size": Gap(f"A search for the batch size is not built yet. {_REMOVE}"),
     "logging_strategy": Gap("Logging is built by steps only yet. Use steps and logging_steps."),
@@ -462,6 +456,10 @@ NOT_SUPPORTED: dict[str, Gap] = {
     ),
     "restore_callback_states_from_checkpoint": Gap(
         "All state is in the checkpoint and restored. Remove the key."
+    ),
+    "generation_config": Gap(
+        "How responses are drawn stands in the run file: do_sample, temperature, top_p, top_k, "
+        "num_beams and the like, none of which is left to a model's folder. Remove the key."
     ),
     "activation_checkpointing_kwargs": Gap("Write use_reentrant_gc: true or false instead."),
     "dataloader_in_order": Gap("Batches always come in their order. Remove the key."),

@@ -85,9 +85,9 @@ DERIVATIONS: tuple[Derivation, ...] = (
     Derivation("ray_num_workers", (), "where none is named", lambda a: a.cluster.num_workers),
     Derivation("resources_per_worker", (), "where none are named", lambda a: a.cluster.resources),
     Derivation("placement_strategy", (), "where none is named", lambda a: a.cluster.strategy),
-    Derivation("bf16", ("fp16", "fp32", "pure_bf16"), _BY_HARDWARE),
-    Derivation("fp16", ("bf16", "fp32", "pure_bf16"), _BY_HARDWARE),
-    Derivation("fp32", ("bf16", "fp16", "pure_bf16"), _BY_HARDWARE),
+    Derivation("bf16", ("fp16", "fp32", "pure_bf16", "compute_dtype"), _BY_HARDWARE),
+    Derivation("fp16", ("bf16", "fp32", "pure_bf16", "compute_dtype"), _BY_HARDWARE),
+    Derivation("fp32", ("bf16", "fp16", "pure_bf16", "compute_dtype"), _BY_HARDWARE),
     Derivation(
         "compute_dtype",
         ("bf16", "fp16", "fp32", "pure_bf16"),

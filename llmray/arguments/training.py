@@ -34,6 +34,10 @@ SaveInterval = Annotated[Literal["no", "steps", "epoch", "best"], BeforeValidato
 TokenCount = Annotated[Literal["no", "all", "non_padding"], BeforeValidator(_counted_tokens)]
 
 
+# Scores of generated responses; in metrics they follow the name of what was evaluated.
+GENERATED_METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l", "exact_match")
+
+
 class LengthArguments(Group):
     """What is done, for how long, in which batches."""
 
@@ -46,9 +50,15 @@ class LengthArguments(Group):
     )
     do_train: bool = Field(False, description="Train.")
     do_eval: bool = Field(False, description="Evaluate after training.")
-    do_predict: bool = Field(False, description="Generate responses for the evaluation rows.")
+    do_predict: bool = Field(
+        False,
+        description="Predict the evaluation rows at the end: responses with predict_with_generate, "
+        "otherwise the loss; into predict_results.json and generated_predictions.jsonl.",
+    )
     predict_with_generate: bool = Field(
-        False, description="Judge generated responses instead of the loss."
+        False,
+        description="Evaluation and prediction also generate a response to each prompt and score "
+        "it against the row's last one: BLEU-4, ROUGE-1, -2, -L, exact match, in percent.",
     )
     per_device_train_batch_size: Int = Field(
         8, ge=1, description="Rows that each worker computes at once in training."
@@ -219,7 +229,10 @@ class LoaderArguments(Group):
     length_column_name: str = Field("length", description="Column that holds the rows' lengths.")
     sortish_sampler: bool = Field(False, description="Order rows roughly by length.")
     generation_max_length: Int | None = Field(
-        None, ge=1, description="Tokens of prompt and response when evaluation generates."
+        None,
+        ge=1,
+        description="Tokens of prompt and response together when evaluation generates. Not given: "
+        "max_new_tokens or max_length.",
     )
     generation_num_beams: Int | None = Field(
         None, ge=1, description="Beams when evaluation generates. Not given: num_beams."

@@ -56,6 +56,7 @@ def train_loop(config: dict[str, Any]) -> None:
             stop=relay.reason if relay else lambda: None,
             observers=(relay,) if relay else (),
             report=_reporter(world),
+            attempt=attempt,
         )
         result = (job.core or run.run)(arguments, context)
         if world.is_main:

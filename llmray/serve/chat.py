@@ -71,7 +71,7 @@ class _Streamer(TextStreamer):
         super().__init__(
             answerer.tokenizer,
             skip_prompt=True,
-            skip_special_tokens=answerer.generating.skip_special_tokens,
+            skip_special_tokens=answerer.skips_special,
             clean_up_tokenization_spaces=False,
         )
         self.target = target
@@ -103,7 +103,10 @@ def _answer(answerer: Answerer, history: list[Message], target: TextIO) -> str:
         del history[:2]
         log.info("the oldest turn is forgotten: prompt and response would not fit the model")
         prompt = answerer.prompt_ids(history)
-    if answerer.generating.num_beams > 1:  # beams are known only at their end
+    if not answerer.has_room(prompt):
+        log.warning("the message leaves no room for an answer: write a shorter one, or /clear")
+        return ""
+    if answerer.sampling.num_beams > 1:  # beams are known only at their end
         [ids] = answerer.generate([prompt])
         print(answerer.text(ids, plain=False), file=target, flush=True)
         return answerer.text(ids, plain=True)

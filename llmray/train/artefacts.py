@@ -44,7 +44,11 @@ class Artefacts:
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """Write `values` to the file `name`, whole or not at all."""
-        store.write_atomic(self.directory / name, json.dumps(values, indent=2) + "\n")
+        self.write_text(name, json.dumps(values, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write `text` to the file `name`, whole or not at all."""
+        store.write_atomic(self.directory / name, text)
 
     def publish(self) -> None:
         """Copy what was written to the run directory, where that is a URI."""

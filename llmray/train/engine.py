@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from llmray.batch import Batch
 from llmray.errors import CheckpointError
 from llmray.model.head import TokenModel, TokenOutput
+from llmray.train.generate import Response, Sampling, generate
 from llmray.train.losses import Objective
 from llmray.train.parallel import World
 from llmray.train.precision import Precision
@@ -137,6 +138,14 @@ class Engine:
         with self.precision.context(self.world.device):
             output: TokenOutput = self.model(batch.to(self.world.device), top1=top1)
         return output
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Response]:
+        """One response to each prompt of token ids, by the model as it is now, on this rank alone.
+
+        Draws follow torch's global state of random numbers.
+        """
+        with self.precision.context(self.world.device):
+            return generate(self.model.model, prompts, sampling)
 
     def state_dict(self) -> dict[str, Any]:
         """What training changes: trainable weights, the optimizer's moments, schedule, scale."""

@@ -36,7 +36,8 @@ dataloader_prefetch_factor dataloader_multiprocessing_context
 use_ray ray_run_name ray_storage_path ray_num_workers resources_per_worker placement_strategy
 ray_init_kwargs ray_max_failures master_addr master_port
 do_sample temperature top_p top_k num_beams max_length max_new_tokens repetition_penalty
-length_penalty skip_special_tokens
+length_penalty skip_special_tokens use_kv_cache
+predict_with_generate eval_num_beams generation_max_length generation_num_beams
 """
 
 # Keys of which some values work.
@@ -54,6 +55,7 @@ PARTLY = {
     "flash_attn": (["auto", "disabled", "sdpa"], ["fa2", "fa3"]),
     "fsdp": ([None, "", False], ["full_shard auto_wrap", True]),
     "do_eval": ([False], []),
+    "do_predict": ([False], []),
     "save_strategy": (["no", "steps", "epoch"], []),
     "report_to": (["none", None, []], ["wandb", "all"]),
 }

@@ -144,3 +144,29 @@ def lives(pid):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_two_workers_predict_what_one_process_does_also_when_one_of_them_dies(
+    launch, ray_address, nothing_runs
+):
+    """A worker is killed while it generates: what was trained stays, and is predicted with."""
+    keys = {
+        "val_size": 12,
+        "do_predict": True,
+        "predict_with_generate": True,
+        "do_sample": False,
+        "max_new_tokens": 100,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+    }
+    run = launch("predicted", address=ray_address, **keys)
+    run.wait_for("generating responses to 12 rows")
+    os.kill(run.pids()[1], signal.SIGKILL)
+    assert run.finish() == 0, run.text
+    assert "attempt 2" in run.text
+    assert [record["current_steps"] for record in run.log() if "loss" in record] == [*range(1, 13)]
+    alone = launch("alone", address=None, use_ray=False, **keys, per_device_train_batch_size=4)
+    assert alone.finish() == 0, alone.text
+    texts = [(one.output_dir / "generated_predictions.jsonl").read_text() for one in (run, alone)]
+    assert texts[0] == texts[1]
+    assert texts[0].count("\n") == 12

@@ -9,12 +9,11 @@ import torch
 from tiny import build_model, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmray.arguments.generating import GeneratingArguments
 from llmray.arguments.run import load
 from llmray.data.conversation import Message
 from llmray.errors import DataError
 from llmray.model import export, tuning
-from llmray.serve.answering import Answerer, generate_answers, generation_config
+from llmray.serve.answering import Answerer, generate_answers
 from llmray.serve.chat import chat
 
 
@@ -134,13 +133,11 @@ def test_answers_of_a_batch_are_those_of_each_question_alone(model_dir):
 
 def test_an_answer_ends_at_the_templates_and_the_models_own_tokens(model_dir):
     answerer = Answerer.load(run_file(model_dir))
-    assert answerer.stop_ids == (1, 2)  # <|im_start|>, <|im_end|>
+    assert answerer.sampling.stop_ids == (1, 2)  # <|im_start|>, <|im_end|>
     model = build_model()
     model.generation_config.eos_token_id = [7, 8]
     arguments = run_file(model_dir, template="default")
-    assert Answerer.of(model, answerer.tokenizer, arguments).stop_ids == (2, 7, 8)
-    assert answerer._ended([5, 6, 2, 9]) == [5, 6]
-    assert answerer._ended([5, 6]) == [5, 6]
+    assert Answerer.of(model, answerer.tokenizer, arguments).sampling.stop_ids == (2, 7, 8)
 
 
 def test_special_tokens_show_where_they_are_asked_for(model_dir):
@@ -186,25 +183,13 @@ def test_draws_depend_on_the_seed(model_dir):
     assert answers(1) != answers(2)
 
 
-@pytest.mark.parametrize(
-    ("keys", "field", "value"),
-    [
-        ({"temperature": 0.5}, "temperature", 0.5),
-        ({"temperature": 0}, "do_sample", False),
-        ({"do_sample": False}, "do_sample", False),
-        ({"top_p": 0.3}, "top_p", 0.3),
-        ({"top_k": 7}, "top_k", 7),
-        ({"num_beams": 4}, "num_beams", 4),
-        ({"num_beams": 4, "length_penalty": 2.0}, "length_penalty", 2.0),
-        ({"repetition_penalty": 1.2}, "repetition_penalty", 1.2),
-        ({"max_new_tokens": 5}, "max_new_tokens", 5),
-        ({"max_new_tokens": 0, "max_length": 99}, "max_length", 99),
-    ],
-)
-def test_each_key_reaches_generation(keys, field, value):
-    default = generation_config(GeneratingArguments(), (2,), 0)
-    found = generation_config(GeneratingArguments(**keys), (2,), 0)
-    assert getattr(found, field) == value != getattr(default, field)
+def test_a_message_that_fills_the_model_is_said(tmp_path, caplog):
+    make_tokenizer(tmp_path)
+    make_model(tmp_path, max_position_embeddings=30)
+    with caplog.at_level(logging.WARNING, "llmray"):
+        code, said = piped(run_file(tmp_path), "What is the sea, and what is the wind? " * 3)
+    assert (code, said) == (0, "")
+    assert "no room for an answer" in caplog.text
 
 
 def test_messages_that_the_template_cannot_write(tmp_path):
