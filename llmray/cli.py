@@ -126,6 +126,7 @@ def train(words: list[str]) -> int:
             "do_train=false: there is nothing to do, since runs that only evaluate are not built "
             "yet. Set do_train: true."
         )
+    _say_grace()
     from llmray import launch
 
     ranks = launch.plan(arguments.ray_enabled, os.environ)
@@ -317,12 +318,23 @@ def _file_and_words(words: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _with_absolute_paths(arguments: RunArguments) -> RunArguments:
-    from llmray.arguments import paths
+    from llmray.arguments import environment, paths
 
-    # Ray's job supervisor sets this for the driver that it starts
-    is_submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    is_submitted = environment.is_submitted(os.environ)
     base = paths.base_directory(os.environ, is_submitted, Path.cwd())
-    return paths.absolute(arguments, base)
+    return paths.absolute(arguments, base, Path.cwd() if is_submitted else None)
+
+
+def _say_grace() -> None:
+    """In a submitted job, say how to give `ray job stop` the time of a save."""
+    from llmray.arguments import environment
+
+    if environment.is_submitted(os.environ) and not os.environ.get("RAY_JOB_STOP_WAIT_TIME_S"):
+        log.info(
+            "`ray job stop` kills this job after 3 s, saved or not; submitted with "
+            """--runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "600"}}' """
+            "it waits for the save"
+        )
 
 
 def _summary(arguments: RunArguments) -> str:

@@ -221,7 +221,7 @@ def test_relative_paths_are_made_absolute_and_said(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "data").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
     for name, value in environ.items():
@@ -229,7 +229,9 @@ def test_relative_paths_are_made_absolute_and_said(
     assert cli.main(["train", str(run_file)]) == 143
     [arguments] = trained
     assert arguments.training.output_dir == str(tmp_path / base / "saves" / "x")
-    assert f"relative paths start from {tmp_path / base}\n" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"relative paths start from {tmp_path / base}\n" in said
+    assert ("RAY_JOB_STOP_WAIT_TIME_S" in said) == bool(environ)
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

@@ -1,4 +1,8 @@
 import json
+import os
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +27,81 @@ def test_every_config_names_data_that_is_here(path: Path) -> None:
     info = json.loads((ROOT / data.dataset_dir / "dataset_info.json").read_text())
     for name in (*data.dataset, *data.eval_dataset):
         assert (ROOT / data.dataset_dir / info[name]["file_name"]).is_file()
+
+
+def asks_for_gpus(path: Path) -> bool:
+    arguments = load(path, environ={})
+    return arguments.ray_enabled and "GPU" in arguments.cluster.resources
+
+
+def test_there_is_a_config_for_each_way_to_run() -> None:
+    runs = {path.stem: load(path, environ={}) for path in CONFIGS}
+    ways = {(run.finetuning.stage, run.finetuning.finetuning_type) for run in runs.values()}
+    assert {("pt", "lora"), ("sft", "lora"), ("sft", "full"), ("sft", "freeze")} <= ways
+    assert runs["sft_lora_ray_cpu"].cluster.resources == {"CPU": 1}
+    on_gpus = runs["sft_lora_ray_gpu"].cluster
+    assert (on_gpus.num_workers, on_gpus.resources) == (4, {"GPU": 1})
+    assert [path.stem for path in CONFIGS if asks_for_gpus(path)] == ["sft_lora_ray_gpu"]
+
+
+@pytest.fixture(scope="session")
+def real_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The demo's model, fetched as the demo does, and a cache for its converted form."""
+    demo = runpy.run_path(str(ROOT / "demo" / "run.py"))
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        demo["fetch_model"]()
+    finally:
+        os.chdir(before)
+    [gguf] = (ROOT / demo["PACKAGES"]).glob("*/*.gguf")
+    return gguf.parent, tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if not asks_for_gpus(path)], ids=lambda path: path.stem
+)
+def test_config_runs_on_the_real_model(
+    path: Path, real_model: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Two updates on short rows, the rest as the file says."""
+    model, cache = real_model
+    arguments = load(path, environ={})
+    words = {
+        "model_name_or_path": model,
+        "dataset_dir": ROOT / "data",
+        "output_dir": tmp_path / "out",
+        "cutoff_len": 64,
+        "max_samples": 40,
+    }
+    if arguments.training.do_train:
+        words |= {"max_steps": 2, "per_device_train_batch_size": 1, "save_strategy": "no"}
+        words |= {"gradient_accumulation_steps": 1}
+    if arguments.ray_enabled:
+        words["ray_storage_path"] = tmp_path / "ray"
+    environ = {**os.environ, "LLMRAY_CACHE": str(cache), "RAY_AUTH_MODE": "disabled"}
+    environ.pop("RAY_ADDRESS", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmray", "train", str(path)]
+        + [f"{key}={value}" for key, value in words.items()],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    if arguments.training.do_train:
+        results = json.loads((tmp_path / "out" / "train_results.json").read_text())
+        assert 0 < results["train_loss"] < 12
+        assert list((tmp_path / "out").glob("*.safetensors"))
+        assert (tmp_path / "out" / "training_loss.png").is_file()
+    if arguments.training.do_eval or arguments.training.eval_strategy != "no":
+        evaluated = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+        assert 0 < evaluated["eval_loss"] < 12
 
 
 def test_configs_say_in_their_first_line_what_they_are() -> None:

@@ -113,6 +113,11 @@ def other_hub(environ: Mapping[str, str]) -> str | None:
     return next((name for name in OTHER_HUBS if flag(environ, name)), None)
 
 
+def is_submitted(environ: Mapping[str, str]) -> bool:
+    """Whether this process is the driver of a job that was submitted to Ray."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in environ  # set by Ray's job supervisor
+
+
 def debug(environ: Mapping[str, str]) -> bool:
     """Whether tracebacks are shown."""
     return bool(flag(environ, "LLMRAY_DEBUG"))

@@ -1,32 +1,40 @@
-"""Relative paths of a run made absolute, once, in the driver; no worker resolves a path again."""
+"""Relative paths of a run made absolute, once, in the driver; no worker resolves a path again.
+
+In a job that was submitted to Ray, what a run reads may lie in the working directory that was sent
+along; what it writes must not, since Ray deletes that copy.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 from llmray.arguments import environment
 from llmray.arguments.run import DEFAULTS, RunArguments
+from llmray.errors import ArgumentsError
 
 log = getLogger("llmray")
 
-# Keys that name a place on disk whatever lies there.
-PLACES = (
+# Keys that name a place on disk which a run writes, or reads and writes.
+WRITTEN = (
     "cache_dir",
-    "dataset_dir",
-    "media_dir",
     "tokenized_path",
     "output_dir",
     "offload_folder",
-    "new_special_tokens_config",
     "export_dir",
-    "task_dir",
     "save_dir",
     "profiler_output_dir",
     "swanlab_logdir",
+)
+# Keys that name a place on disk which a run only reads.
+READ = (
+    "dataset_dir",
+    "media_dir",
+    "new_special_tokens_config",
+    "task_dir",
     "kt_optimize_rule",
     "hyper_parallel_args",
     "deepspeed",
@@ -61,19 +69,36 @@ def base_directory(environ: Mapping[str, str], submitted_job: bool, cwd: Path) -
     return Path.home() / "llmray" if submitted_job else cwd.absolute()
 
 
-def absolute(arguments: RunArguments, base: Path) -> RunArguments:
+def absolute(arguments: RunArguments, base: Path, sent: Path | None = None) -> RunArguments:
     """A copy whose relative local paths start from `base`.
 
     Addresses (s3://…) and names of hubs stay. What may be a hub's name is taken for a path when
     it begins with `.`, `~` or `/`, or lies there.
+
+    Args:
+        arguments: the run.
+        base: where relative paths start from.
+        sent: the working directory of a submitted job; what is only read is taken from there if
+            it lies there.
+
+    Raises:
+        ArgumentsError: the data of a submitted job is in neither of the two.
     """
     flat = arguments.flat()
     changed: dict[str, Any] = {
-        key: _each(flat[key], base, must_exist=False) for key in PLACES if _in_use(key, flat[key])
+        key: _each(flat[key], (base,), must_exist=False)
+        for key in WRITTEN
+        if _in_use(key, flat[key])
+    }
+    starts = (base,) if sent is None else (sent, base)
+    changed |= {
+        key: _each(flat[key], starts, must_exist=False) for key in READ if _in_use(key, flat[key])
     }
     changed |= {
-        key: _each(flat[key], base, must_exist=True) for key in PLACES_OR_NAMES if flat[key]
+        key: _each(flat[key], starts, must_exist=True) for key in PLACES_OR_NAMES if flat[key]
     }
+    if sent is not None:
+        _require_data(flat["dataset_dir"], changed["dataset_dir"], base)
     if isinstance(flat["resume_from_checkpoint"], str):
         changed["resume_from_checkpoint"] = _absolute(flat["resume_from_checkpoint"], base)
     if arguments.ray_enabled:
@@ -90,18 +115,28 @@ def _in_use(key: str, value: Any) -> bool:
     return bool(value) and (value != DEFAULTS[key] or key == "dataset_dir")
 
 
-def _each(value: Any, base: Path, *, must_exist: bool) -> Any:
+def _each(value: Any, starts: Sequence[Path], *, must_exist: bool) -> Any:
+    """The value with its paths absolute, from the first start where they exist, or the last."""
     if isinstance(value, list):
-        return [_each(item, base, must_exist=must_exist) for item in value]
+        return [_each(item, starts, must_exist=must_exist) for item in value]
     if not isinstance(value, str):
         return value
-    if must_exist and not _is_path(value, base):
+    found = next((start for start in starts if (start / value).exists()), None)
+    if must_exist and found is None and not value.startswith((".", "~", "/")):
         return value
-    return _absolute(value, base)
+    return _absolute(value, found or starts[-1])
 
 
-def _is_path(value: str, base: Path) -> bool:
-    return value.startswith((".", "~", "/")) or (base / value).exists()
+def _require_data(written: Any, found: Any, base: Path) -> None:
+    """Raise where the folder of a submitted job's data is nowhere."""
+    if not isinstance(found, str) or not os.path.isabs(found) or os.path.exists(found):
+        return
+    raise ArgumentsError(
+        f"dataset_dir={written} is neither in the working directory that was sent with the job nor "
+        f"{found}. The data must be in one of these: send it (`ray job submit --working-dir .` "
+        "leaves out what .gitignore names), give a path that the cluster sees, or set LLMRAY_HOME "
+        f"instead of {base}."
+    )
 
 
 def _absolute(value: str, base: Path) -> str:

@@ -86,9 +86,10 @@ def connect(arguments: ClusterArguments) -> Joined:
     wanted = dict(arguments.ray_init_kwargs or {})
     address = wanted.pop("address", None) or os.environ.get("RAY_ADDRESS")
     if address and "://" in address:
+        what = "the job API" if address.startswith("http") else "the Ray Client"
         raise ClusterError(
-            f"The cluster's address {address} is one of the Ray Client, over which training cannot "
-            "be steered. Submit the run instead: ray job submit --address http://HEAD:8265 -- "
+            f"The cluster's address {address} is one of {what}, over which training cannot be "
+            "steered. Submit the run instead: ray job submit --address http://HEAD:8265 -- "
             "llmray train RUN.yaml; or name the address HEAD:6379 on a machine of the cluster."
         )
     if "runtime_env" in wanted:
@@ -103,7 +104,7 @@ def connect(arguments: ClusterArguments) -> Joined:
     _authenticate(address)
     try:
         info = ray.init(address=address, **options)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+    except (ConnectionError, ValueError, RuntimeError, OSError, AuthenticationError) as error:
         raise ClusterError(_cannot_connect(address, error)) from error
     started = address in (None, "local") and _started_here()
     return Joined(str(info.address_info["gcs_address"]), started)
@@ -254,22 +255,38 @@ def _authenticate(address: str | None) -> None:
     """Use the token of this machine for a cluster that asks for one.
 
     Ray does so itself for clusters that it finds or starts; for an address it wants RAY_AUTH_MODE,
-    and a wrong guess fails late and unclearly in both directions.
+    and a wrong guess, or a wrong token, fails late and unclearly.
     """
-    if "RAY_AUTH_MODE" in os.environ or not address or address in ("auto", "local"):
+    if not address or address in ("auto", "local"):
         return
     from ray._private.authentication import authentication_token_setup as setup
-    from ray._raylet import AuthenticationTokenLoader, GcsClient  # type: ignore[attr-defined]
 
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    if mode == "token" and not _has_token():
+        raise ClusterError(_refused(address))
     try:
-        with _silent_stderr():  # Ray's C++ part writes what the exception says
-            GcsClient(address=address)
-    except AuthenticationError as error:
-        if not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
-            raise ClusterError(_cannot_connect(address, error)) from error
-        setup._enable_token_auth()
+        try:
+            _call(address)
+        except AuthenticationError:
+            if mode or not _has_token():
+                raise
+            setup._enable_token_auth()
+            _call(address)
     except (RayError, ValueError, RuntimeError) as error:
         raise ClusterError(_cannot_connect(address, error)) from error
+
+
+def _call(address: str) -> None:
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    with _silent_stderr():  # Ray's C++ part writes what the exception says
+        GcsClient(address=address)
+
+
+def _has_token() -> bool:
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+    return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
 
 
 @contextmanager
@@ -287,10 +304,7 @@ def _silent_stderr() -> Iterator[None]:
 def _cannot_connect(address: str | None, error: Exception) -> str:
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if isinstance(error, AuthenticationError):
-        return (
-            f"The Ray cluster at {address} asks for a token, and none is here. Set RAY_AUTH_TOKEN, "
-            "or copy the cluster's ~/.ray/auth_token to this machine (`ray get-auth-token`)."
-        )
+        return _refused(address)
     if address in (None, "local"):
         return (
             f"A local Ray cluster could not be started: {text}. Mend that, name a running cluster "
@@ -299,6 +313,19 @@ def _cannot_connect(address: str | None, error: Exception) -> str:
     return (
         f"The Ray cluster at {address} cannot be joined: {text}. Start it (`ray start --head`), "
         "mend RAY_ADDRESS or ray_init_kwargs.address, or leave both out for a local one."
+    )
+
+
+def _refused(address: str | None) -> str:
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        return (
+            f"The Ray cluster at {address} asks for a token, and RAY_AUTH_MODE=disabled sends "
+            "none. Unset RAY_AUTH_MODE."
+        )
+    met = "refuses the token that is" if _has_token() else "asks for a token, and none is"
+    return (
+        f"The Ray cluster at {address} {met} here. Set RAY_AUTH_TOKEN, or copy the cluster's "
+        "~/.ray/auth_token to this machine (`ray get-auth-token` on the cluster shows it)."
     )
 
 

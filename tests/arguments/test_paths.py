@@ -6,6 +6,7 @@ import pytest
 
 from llmray.arguments import paths
 from llmray.arguments.run import load
+from llmray.errors import ArgumentsError
 
 BASE = {"model_name_or_path": "org/model", "dataset": "a", "output_dir": "out", "do_train": True}
 
@@ -71,3 +72,28 @@ def test_where_relative_paths_start(tmp_path, monkeypatch):
     assert paths.base_directory(home, False, cwd) == tmp_path / "home"
     assert paths.base_directory({}, True, cwd) == tmp_path / "llmray"
     assert paths.base_directory({}, False, cwd) == cwd
+
+
+def test_a_submitted_job_reads_what_was_sent_and_writes_to_its_home(tmp_path):
+    sent, home = tmp_path / "sent", tmp_path / "home"
+    for folder in (sent / "data", sent / "saves", sent / "model", home / "adapter", home / "model"):
+        folder.mkdir(parents=True)
+    keys = {"model_name_or_path": "model", "adapter_name_or_path": "adapter", "use_ray": True}
+    flat = paths.absolute(load(BASE | keys, environ={}), home, sent).flat()
+    assert flat["dataset_dir"] == str(sent / "data")
+    assert flat["model_name_or_path"] == str(sent / "model")
+    assert flat["adapter_name_or_path"] == [str(home / "adapter")]
+    assert flat["output_dir"] == str(home / "out")
+    assert flat["ray_storage_path"] == str(home / "saves")
+
+
+def test_a_submitted_job_without_its_data_says_where_it_was_looked_for(tmp_path):
+    with pytest.raises(ArgumentsError) as error:
+        paths.absolute(load(BASE, environ={}), tmp_path / "home", tmp_path)
+    said = str(error.value)
+    assert said.startswith("dataset_dir=data is neither in the working directory that was sent")
+    assert f"nor {tmp_path}/home/data." in said
+    assert ".gitignore" in said
+    assert "LLMRAY_HOME" in said
+    (tmp_path / "home" / "data").mkdir(parents=True)
+    paths.absolute(load(BASE, environ={}), tmp_path / "home", tmp_path)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -44,19 +45,34 @@ def ray_home(tmp_path_factory):
 @pytest.fixture(scope="session")
 def ray_cluster(ray_home):
     """Address and session directory of the session's cluster, started in its own process."""
+    with start_cluster([str(CORES_OF_A_NODE), *OTHER_NODES], RAY_AUTH_MODE="token") as words:
+        yield words
+
+
+@contextmanager
+def start_cluster(words, **environ):
+    """Address, session directory and dashboard of a cluster that ends with the block."""
     starter = Path(__file__).with_name("start_cluster.py")
     with subprocess.Popen(
-        [sys.executable, str(starter), str(CORES_OF_A_NODE), *OTHER_NODES],
+        [sys.executable, str(starter), *words],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "RAY_AUTH_MODE": "token"},
+        env={**os.environ, **environ},
         text=True,
     ) as process:
-        words = process.stdout.readline().split()
-        assert words, "the cluster did not start"
-        yield words
+        found = process.stdout.readline().split()
+        assert found, "the cluster did not start"
+        yield found
         process.stdin.close()
         process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def head(request, ray_home):
+    """A cluster of one node with a dashboard, in the authentication mode `request.param`."""
+    words = ["--dashboard", str(CORES_OF_A_NODE)]
+    with start_cluster(words, RAY_AUTH_MODE=request.param) as found:
+        yield {"RAY_AUTH_MODE": request.param, "RAY_API_SERVER_ADDRESS": f"http://{found[2]}"}
 
 
 @pytest.fixture(scope="session")
@@ -175,9 +191,23 @@ def run_keys(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def launch(ray_home, run_keys, tmp_path_factory):
-    """Starts `llmray train` with these keys; `name` is the last part of output_dir."""
+def launch_words():
+    """Starts a command as a `Run`; what still runs at the end is killed."""
     started: list[Run] = []
+
+    def start(words, environ, keys):
+        started.append(Run(words, environ, keys))
+        return started[-1]
+
+    yield start
+    for run in started:
+        if run.process.poll() is None:
+            os.killpg(run.process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def launch(ray_home, run_keys, tmp_path_factory, launch_words):
+    """Starts `llmray train` with these keys; `name` is the last part of output_dir."""
 
     def start(name, *, address, environ=None, **keys):
         home = tmp_path_factory.mktemp("launch")
@@ -187,14 +217,9 @@ def launch(ray_home, run_keys, tmp_path_factory):
         variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})}
         if address:
             variables["RAY_ADDRESS"] = address
-        words = [sys.executable, "-m", "llmray", "train", str(file)]
-        started.append(Run(words, variables, merged))
-        return started[-1]
+        return launch_words([sys.executable, "-m", "llmray", "train", str(file)], variables, merged)
 
-    yield start
-    for run in started:
-        if run.process.poll() is None:
-            os.killpg(run.process.pid, signal.SIGKILL)
+    return start
 
 
 @pytest.fixture

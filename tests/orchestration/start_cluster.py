@@ -1,6 +1,6 @@
 """Starts a Ray cluster of several nodes on this machine, until its standard input ends.
 
-python start_cluster.py CORES ADDRESS...
+python start_cluster.py [--dashboard] CORES ADDRESS...
 """
 
 import sys
@@ -9,17 +9,19 @@ from ray.cluster_utils import Cluster
 
 
 def main() -> None:
-    cores, *others = sys.argv[1:]
+    words = sys.argv[1:]
+    has_dashboard = words[0] == "--dashboard"
+    cores, *others = words[has_dashboard:]
     options = {"num_cpus": int(cores), "object_store_memory": 100 * 2**20}
     cluster = Cluster(
         initialize_head=True,
         # not on 127.0.0.1: drivers take that for the machine's address
-        head_node_args={**options, "include_dashboard": False},
+        head_node_args={**options, "include_dashboard": has_dashboard},
     )
     for address in others:
         cluster.add_node(**options, node_ip_address=address)
     cluster.wait_for_nodes(timeout=120)
-    print(cluster.address, cluster.head_node.get_session_dir_path(), flush=True)
+    print(cluster.address, cluster.head_node.get_session_dir_path(), cluster.webui_url, flush=True)
     sys.stdin.read()
     cluster.shutdown()
 

@@ -102,27 +102,49 @@ def test_environment_of_tasks_is_what_was_given(nodes):
     assert list(found.values()) == [("/models", None)]
 
 
+CONNECT = """
+import sys
+from llmray.arguments.cluster import ClusterArguments
+from llmray.errors import ClusterError
+from llmray.orchestration import cluster
+try:
+    cluster.connect(ClusterArguments(ray_init_kwargs={"address": sys.argv[1]}))
+except ClusterError as error:
+    print(error)
+"""
+
+
 @pytest.mark.ray
-def test_cluster_that_wants_a_token_says_so(ray_address, tmp_path):
-    code = (
-        "import sys; from llmray.orchestration import cluster\n"
-        "from llmray.arguments.cluster import ClusterArguments\n"
-        "from llmray.errors import ClusterError\n"
-        "try: cluster.connect(ClusterArguments(ray_init_kwargs={'address': sys.argv[1]}))\n"
-        "except ClusterError as error: print(error)"
+@pytest.mark.parametrize(
+    ("environ", "found"),
+    [
+        ({}, "asks for a token, and none is here"),
+        ({"RAY_AUTH_MODE": "token"}, "asks for a token, and none is here"),
+        ({"RAY_AUTH_TOKEN": "0" * 64}, "refuses the token that is here"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, "refuses the token that is here"),
+        ({"RAY_AUTH_MODE": "disabled"}, "asks for a token, and RAY_AUTH_MODE=disabled sends none"),
+    ],
+)
+def test_cluster_that_wants_a_token_says_so(ray_address, tmp_path, environ, found):
+    kept = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_MODE"}
+    done = subprocess.run(
+        [sys.executable, "-c", CONNECT, ray_address],
+        env={**kept, "HOME": str(tmp_path), **environ},
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
-    words = [sys.executable, "-c", code, ray_address]
-    environ = {**os.environ, "HOME": str(tmp_path)}
-    environ.pop("RAY_AUTH_MODE", None)
-    said = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=100).stdout
-    assert f"The Ray cluster at {ray_address} asks for a token, and none is here" in said
-    assert "RAY_AUTH_TOKEN" in said
+    assert f"The Ray cluster at {ray_address} {found}" in done.stdout, done.stdout + done.stderr
+    assert "RAY_AUTH_" in done.stdout
+    assert "InvalidAuthToken" not in done.stderr
 
 
 def test_addresses_that_cannot_work_say_why(monkeypatch):
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with pytest.raises(ClusterError, match=r"ray://head:10001 is one of the Ray Client.*ray job"):
         cluster.connect(ClusterArguments(ray_init_kwargs={"address": "ray://head:10001"}))
+    with pytest.raises(ClusterError, match=r"http://head:8265 is one of the job API.*ray job"):
+        cluster.connect(ClusterArguments(ray_init_kwargs={"address": "http://head:8265"}))
 
 
 def test_environment_is_split_into_open_variables_and_secrets():

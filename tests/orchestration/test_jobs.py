@@ -1,0 +1,112 @@
+"""`ray job submit`: a run is sent to a head with a dashboard, followed, stopped, and goes on.
+
+The head asks for a token, or not. What is sent is a folder with a run file and its data; paths in
+the file are relative, so results lie in ~/llmray of the head.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.ray
+
+RAY = str(Path(sys.executable).with_name("ray"))
+GRACE = '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "100"}}'
+
+token_only = pytest.mark.parametrize("head", ["token"], indirect=True)
+
+
+@pytest.fixture
+def submit(head, ray_home, run_keys, tmp_path, launch_words):
+    """Submits `llmray train run.yaml` with these keys, and follows it."""
+
+    def start(name, *options, has_data=True, **keys):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        if has_data:
+            (folder / "data").mkdir(exist_ok=True)
+            for file in ("rows.json", "dataset_info.json"):
+                shutil.copy(Path(run_keys["dataset_dir"], file), folder / "data")
+        written = {
+            **run_keys,
+            "dataset_dir": "data",
+            "output_dir": f"out/{name}",
+            "ray_storage_path": "saves",
+            **keys,
+        }
+        (folder / "run.yaml").write_text(yaml.safe_dump(written))
+        home = ray_home / "llmray"
+        places = {"output_dir": str(home / "out" / name), "ray_storage_path": str(home / "saves")}
+        words = [RAY, "job", "submit", "--working-dir", str(folder), *options, "--"]
+        words += [sys.executable, "-m", "llmray", "train", "run.yaml"]
+        return launch_words(words, {**os.environ, **head, "OMP_NUM_THREADS": "1"}, places)
+
+    return start
+
+
+def ray_job(head, *words):
+    done = subprocess.run(
+        [RAY, "job", *words],
+        env={**os.environ, **head},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("head", ["disabled", "token"], indirect=True)
+def test_a_job_trains_where_results_stay_and_its_log_is_plain_lines(submit, ray_home):
+    run = submit("plain", max_steps=2, save_strategy="no")
+    assert run.finish() == 0, run.text
+    assert "succeeded" in run.text
+    assert re.search(r"^step 2/2, loss \d\.\d+", run.text, re.M)
+    assert "\r" not in run.text
+    assert f"relative paths start from {ray_home}/llmray" in run.text
+    assert "Traceback" not in run.text
+    assert [record["current_steps"] for record in run.log()] == [1, 2]
+    assert (run.output_dir / "model.safetensors").is_file()
+    shutil.rmtree(run.output_dir)
+    shutil.rmtree(run.run_dir)
+
+
+@token_only
+def test_a_stopped_job_saves_and_the_same_submission_goes_on(submit, head):
+    run = submit("stopped", "--submission-id", "first", "--runtime-env-json", GRACE)
+    run.wait_for(r"step 2/12")
+    ray_job(head, "stop", "first")
+    run.finish()
+    assert "Job 'first' was stopped" in ray_job(head, "status", "first")
+    said = ray_job(head, "logs", "first")
+    assert f"stopped by SIGTERM, saved in {run.run_dir}" in said
+    assert "kills this job after 3 s" not in said
+    stopped = run.log()[-1]["current_steps"]
+    assert 2 <= stopped < 12
+    assert (run.run_dir / f"checkpoint-{stopped}" / "manifest.json").is_file()
+    again = submit("stopped")
+    assert again.finish() == 0, again.text
+    assert f"step {stopped} of 12, {12 - stopped} steps remain" in again.text
+    assert "RAY_JOB_STOP_WAIT_TIME_S" in again.text
+    assert [record["current_steps"] for record in again.log()] == list(range(1, 13))
+
+
+@token_only
+def test_a_job_that_cannot_be_says_why_and_fails(submit):
+    run = submit("without-data", has_data=False)
+    assert run.finish() == 1
+    assert "dataset_dir=data is neither in the working directory that was sent" in run.text
+    assert "failed with exit code 2" in run.text
+    assert "Traceback" not in run.text
+
+
+@token_only
+def test_a_wrong_token_is_refused_by_the_job_api(head, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    said = ray_job(head, "list")
+    assert "Authentication failed" in said
