@@ -128,7 +128,9 @@ def train(words: list[str]) -> int:
         )
     _say_grace()
     from llmray import launch
+    from llmray.train import trackers
 
+    trackers.check(arguments, os.environ)
     ranks = launch.plan(arguments.ray_enabled, os.environ)
     if ranks is not None:
         return launch.torchrun(ranks, ["-m", "llmray", "train", *words])

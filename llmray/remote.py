@@ -90,16 +90,25 @@ def size_and_crc32(uri: str | Path) -> tuple[int, int]:
     return size, crc
 
 
-def upload(directory: Path, names: Iterable[str], uri: str | Path) -> None:
-    """Copy files, named relative to a local directory, to below a URI."""
+def upload(
+    directory: Path, names: Iterable[str], uri: str | Path, *, may_vanish: bool = False
+) -> None:
+    """Copy files, named relative to a local directory, to below a URI.
+
+    With `may_vanish` those are left out that somebody has removed since they were listed.
+    """
     system, path = filesystem(uri)
     places = {name: f"{path}/{name}" for name in names}
     for parent in {path, *(place.rpartition("/")[0] for place in places.values())}:
         system.create_dir(parent, recursive=True)
     with ThreadPoolExecutor(NUM_COPIES) as pool:
-        copies = [pool.submit(_copy, directory / n, system, at) for n, at in places.items()]
-        for copy in copies:
-            copy.result()
+        copies = {n: pool.submit(_copy, directory / n, system, at) for n, at in places.items()}
+        for name, copy in copies.items():
+            try:
+                copy.result()
+            except FileNotFoundError:
+                if not may_vanish or (directory / name).exists():
+                    raise
 
 
 def download(uri: str | Path, directory: Path) -> None:

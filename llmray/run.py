@@ -40,6 +40,7 @@ from llmray.train.plots import Plots
 from llmray.train.random_state import RandomState, make_deterministic, seed_everything
 from llmray.train.stages import STAGES
 from llmray.train.supervised import Rows, SupervisedStep
+from llmray.train.trackers import Trackers, choose
 
 log = getLogger("llmray")
 
@@ -435,7 +436,10 @@ def _observers(training: _Training, files: Artefacts) -> tuple[Observer, ...]:
     plot_loss = training.arguments.finetuning.plot_loss
     keys = plot_loss if isinstance(plot_loss, tuple) else ()
     plots = (Plots(files.directory, keys),) if plot_loss else ()
-    return (JsonLines(files.directory), *plots, *training.context.observers)
+    trackers: tuple[Observer, ...] = ()
+    if choose(training.arguments.tracking, os.environ).names:
+        trackers = (Trackers(training.arguments, files.directory, os.environ),)
+    return (JsonLines(files.directory), *plots, *trackers, *training.context.observers)
 
 
 def _tune_allocator() -> None:

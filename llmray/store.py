@@ -359,11 +359,14 @@ def sweep(parent: str | Path) -> list[str]:
     return swept
 
 
-def upload(directory: Path, uri: str) -> None:
-    """Copy every finished file below a local directory to a URI; staging files are left out."""
+def upload(directory: Path, uri: str, *, may_vanish: bool = False) -> None:
+    """Copy every finished file below a local directory to a URI; staging files are left out.
+
+    With `may_vanish` others may remove files of the directory meanwhile.
+    """
     names = [n for n in walk(directory) if not any(map(temporary.is_temporary, Path(n).parts))]
     with explained(uri):
-        remote.upload(directory, names, uri)
+        remote.upload(directory, names, uri, may_vanish=may_vanish)
 
 
 def download(uri: str, directory: Path) -> None:

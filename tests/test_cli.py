@@ -261,3 +261,15 @@ def test_plot_writes_one_picture_of_several_runs(
     assert all((tmp_path / name).stat().st_size > 1000 for name in pictures)
     assert cli.main(["plot", "one", "three"]) == 2
     assert "three does not exist" in capsys.readouterr().err
+
+
+def test_a_tracker_that_cannot_be_used_is_said_before_anything_is_loaded(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(run_file.parent))
+    assert cli.main(["train", str(run_file), "report_to=wandb"]) == 2
+    assert "wandb has no key for its service. Set WANDB_API_KEY" in capsys.readouterr().err
+    assert cli.main(["check", str(run_file), "report_to=wnadb"]) == 2
+    assert "Did you mean wandb?" in capsys.readouterr().err

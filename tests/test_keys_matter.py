@@ -40,8 +40,7 @@ Keys = dict[str, Any]
 
 # performance only: these change how fast a run is, never what it computes
 CHANGES_NOTHING = {
-    "report_to",  # of its values, and of those of fsdp, only those that ask for nothing are built
-    "fsdp",
+    "fsdp",  # of its values only those that ask for nothing are built
     "dataloader_num_workers",
     "dataloader_pin_memory",
     "dataloader_persistent_workers",
@@ -238,7 +237,8 @@ ROWS: dict[str, Row] = {
     "finetuning_type": Row("lora", "freeze", files),
     "pure_bf16": Row(False, True, tensors, {"fp32": ...}),
     "disable_shuffling": Row(False, True),
-    "plot_loss": Row(False, True, files),
+    "plot_loss": Row(True, ["lr"], files),
+    "report_to": Row("none", "tensorboard", files),
     "additional_target": Row(..., "norm", tensors),
     "lora_alpha": Row(4, 8, weights),
     "lora_dropout": Row(0.0, 0.5, weights),
@@ -435,10 +435,59 @@ def goes_as_text(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> str:
     return goes(site, {**TEXT, **keys}, patch)
 
 
+def told_tracker(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> list[Keys]:
+    """What the libraries of the trackers are asked for; they then fail, which ends no run."""
+    asked: list[Keys] = []
+
+    def init(**named: Any) -> None:
+        named.pop("config"), named.pop("id")  # of which the first has every key
+        settings, notices = named.pop("settings"), named.pop("callbacks", [])
+        key = str(settings.api_key)
+        signers = [(notice._signer.webhook_url, notice._signer.secret) for notice in notices]
+        asked.append({**named, "key": key, "notices": signers})
+        raise ConnectionError("not in this test")
+
+    patch.setattr("swanlab.init", init)
+    patch.setattr("wandb.init", init)
+    patch.setenv("WANDB_MODE", "offline")
+    patch.setenv("SWANLAB_API_KEY", "of the environment")
+    site.train({"max_steps": 1, "output_dir": "@tracked", **keys})
+    return asked
+
+
+def told_swanlab(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> list[Keys]:
+    return told_tracker(site, {"use_swanlab": True, **keys}, patch)
+
+
+def told_wandb(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> list[Keys]:
+    return told_tracker(site, {"report_to": "wandb", **keys}, patch)
+
+
+def signed(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> list[Keys]:
+    return told_swanlab(site, {"swanlab_lark_webhook_url": "http://lark", **keys}, patch)
+
+
+def board(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> list[str]:
+    site.train({"max_steps": 1, "report_to": "tensorboard", **keys})
+    return sorted(str(path.parent) for path in site.root.glob("board-*/events*"))
+
+
 SEEN: dict[str, tuple[Any, Any, Seen]] = {
     "device_map": ({"": "cpu"}, {"": 0}, goes),
     "model_max_length": (64, 65, goes),
     "block_diag_attn": (False, True, goes_as_text),
+    "logging_dir": ("@board-1", "@board-2", board),
+    "run_name": ("one", "two", told_wandb),
+    "project": ("one", "two", told_wandb),
+    "use_swanlab": (False, True, told_tracker),
+    "swanlab_project": ("one", "two", told_swanlab),
+    "swanlab_workspace": (..., "ours", told_swanlab),
+    "swanlab_run_name": ("one", "two", told_swanlab),
+    "swanlab_mode": ("cloud", "offline", told_swanlab),
+    "swanlab_api_key": (..., "of the file", told_swanlab),
+    "swanlab_logdir": ("@one", "@two", told_swanlab),
+    "swanlab_lark_webhook_url": ("http://one", "http://two", told_swanlab),
+    "swanlab_lark_secret": ("one", "two", signed),
     "flash_attn": ("sdpa", "disabled", implementation),
     "use_reentrant_gc": (False, True, reentrant),
     "disable_gradient_checkpointing": (False, True, checkpointing),

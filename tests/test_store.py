@@ -192,6 +192,17 @@ def test_fetch_upload_and_download(tmp_path):
     assert (tmp_path / "all" / "deep" / "x").read_text() == "x"
 
 
+def test_upload_leaves_out_what_vanished_where_that_is_allowed(tmp_path, monkeypatch):
+    source, there = tmp_path / "source", f"file://{tmp_path}/there"
+    source.mkdir()
+    (source / "kept").write_text("kept")
+    monkeypatch.setattr(store, "walk", lambda directory: iter(["gone", "kept"]))
+    with pytest.raises(StoreError, match="gone"):
+        store.upload(source, there)
+    store.upload(source, there, may_vanish=True)
+    assert store.list_names(there) == ["kept"]
+
+
 def test_unknown_scheme_names_the_known_ones():
     with pytest.raises(StoreError, match=r"nope://bucket/x is not a URI.*s3://"):
         store.list_names("nope://bucket/x")

@@ -21,7 +21,7 @@ from llmray.arguments.model import ModelArguments
 from llmray.arguments.run import load
 from llmray.errors import LlmrayError
 from llmray.model.load import load_config
-from llmray.train import parallel
+from llmray.train import parallel, trackers
 
 RUN = {"model_name_or_path": "m", "dataset": "a", "output_dir": "o", "do_train": True}
 
@@ -162,6 +162,27 @@ def from_hub(look: Look) -> object:
     return outcome(lambda: hub.resolve("somebody/model", ModelArguments()))
 
 
+def chosen_trackers(look: Look) -> object:
+    look.patch.setenv("WANDB_API_KEY", "k")
+    return trackers.choose(load(RUN | {"report_to": "wandb"}).tracking, os.environ).names
+
+
+def project_in_wandb(look: Look) -> object:
+    """The project that wandb is asked for, which then fails: no run is made here."""
+    asked: list[object] = []
+
+    def init(**named: object) -> None:
+        asked.append(named["project"])
+        raise ConnectionError("not in this test")
+
+    look.patch.setattr("wandb.init", init)
+    look.patch.setenv("WANDB_MODE", "offline")
+    observer = trackers.Trackers(load(RUN | {"report_to": "wandb"}), look.root, os.environ)
+    observer.on_start(0, 1)
+    observer.on_end({})
+    return asked
+
+
 SEEN: dict[str, tuple[str | None, str | None, Callable[[Look], object]]] = {
     "USE_RAY": ("0", "1", enabled),
     "LLMRAY_HOME": ("/one", "/two", start_of_paths),
@@ -177,6 +198,8 @@ SEEN: dict[str, tuple[str | None, str | None, Callable[[Look], object]]] = {
     "NODE_RANK": ("0", "1", torchrun),
     "MASTER_ADDR": ("10.0.0.1", "10.0.0.2", torchrun),
     "MASTER_PORT": ("29500", "29501", torchrun),
+    "WANDB_DISABLED": (None, "true", chosen_trackers),
+    "WANDB_PROJECT": (None, "ours", project_in_wandb),
     "OPTIM_TORCH": (None, "0", allocator),
     "NPU_JIT_COMPILE": (None, "1", mode_of_npu),
     "FORCE_CHECK_IMPORTS": (None, "1", model_with_code),

@@ -358,26 +358,11 @@ NOT_BUILT: dict[str, Gap] = {
         "profile_modules",
     ),
     # tracking, export, evaluation, sweeps
-    "report_to": Gap(
-        "Trackers are not built in yet; trainer_log.jsonl holds the metrics. Use none.",
-        only(("none",), ()),
-    ),
     **_family(
-        f"Trackers are not built in yet. {_REMOVE}",
-        "run_name",
-        "project",
+        f"Trackio is not built in. {_REMOVE}",
         "trackio_space_id",
         "trackio_bucket_id",
         "trackio_static_space_id",
-        "use_swanlab",
-        "swanlab_project",
-        "swanlab_workspace",
-        "swanlab_run_name",
-        "swanlab_mode",
-        "swanlab_api_key",
-        "swanlab_logdir",
-        "swanlab_lark_webhook_url",
-        "swanlab_lark_secret",
     ),
     **_family(
         f"Export is not built yet. {_REMOVE}",

@@ -51,6 +51,8 @@ VARIABLES: dict[str, Variable] = {
     ),
     "USE_MODELSCOPE_HUB": Variable("flag", "Names of models are ModelScope's: not built yet."),
     "USE_OPENMIND_HUB": Variable("flag", "Names of models are Modelers': not built yet."),
+    "WANDB_DISABLED": Variable("flag", "Leave wandb out of the trackers."),
+    "WANDB_PROJECT": Variable("text", "Project in wandb; goes before the key project."),
 }
 # Libraries read these by themselves; llmray hands them to every worker.
 PASSED_PREFIXES = ("HF_", "NCCL_", "GLOO_", "MALLOC_", "TRANSFORMERS_", "WANDB_", "SWANLAB_")

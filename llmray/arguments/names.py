@@ -51,7 +51,6 @@ RETIRED: dict[str, Retired] = {
     "save_safetensors": Retired(
         "Weights are always saved as safetensors. Remove the key.", (True,)
     ),
-    "logging_dir": Retired("Logs lie in output_dir as trainer_log.jsonl. Remove the key."),
     "fp16_backend": Retired("torch's autocast computes fp16. Remove the key.", ("auto", "amp")),
     "half_precision_backend": Retired(
         "torch's autocast computes fp16 and bf16. Remove the key.", ("auto", "amp")

@@ -28,6 +28,7 @@ WRITTEN = (
     "save_dir",
     "profiler_output_dir",
     "swanlab_logdir",
+    "logging_dir",
 )
 # Keys that name a place on disk which a run only reads.
 READ = (

@@ -7,12 +7,14 @@ in `method_rules`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from llmray.arguments.derived import DERIVED_RULES
 from llmray.arguments.method_rules import METHOD_RULES, Rule
 from llmray.arguments.problems import Problem, given, shown
 from llmray.arguments.settings import SETTINGS_RULES
+from llmray.arguments.tracking import OTHER_TRACKERS, TRACKERS, TrackingArguments
 
 if TYPE_CHECKING:
     from llmray.arguments.run import RunArguments
@@ -221,17 +223,32 @@ def pixel_limits_are_in_order(arguments: RunArguments) -> Iterator[Problem]:
             )
 
 
-def trackio_keys_need_trackio(arguments: RunArguments) -> Iterator[Problem]:
-    """Settings of trackio are for runs that report to it."""
+def trackers_are_known(arguments: RunArguments) -> Iterator[Problem]:
+    """Trackers are some of those that are built in."""
+    report_to = arguments.tracking.report_to
+    known = (*TRACKERS, "all", "none")
+    for name in report_to:
+        if name in known:
+            continue
+        close = get_close_matches(name, known, n=1)
+        advice = f"Did you mean {close[0]}? " if close else ""
+        what = "is not built in" if name in OTHER_TRACKERS else "is no tracker"
+        yield Problem(
+            ("report_to",),
+            f"{given('report_to', report_to)}: {name} {what}. {advice}Use some of "
+            f"{', '.join(TRACKERS)}, or all, or none.",
+        )
+
+
+def signed_notices_have_an_address(arguments: RunArguments) -> Iterator[Problem]:
+    """A signing secret is for notices, which need an address."""
     tracking = arguments.tracking
-    for key in ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"):
-        value = getattr(tracking, key)
-        if value is not None and not {"trackio", "all"}.intersection(tracking.report_to):
-            yield Problem(
-                (key, "report_to"),
-                f"{given(key, value)}, but report_to does not name trackio. Write "
-                f"report_to: trackio, or remove {key}.",
-            )
+    if tracking.swanlab_lark_secret and not tracking.swanlab_lark_webhook_url:
+        yield Problem(
+            ("swanlab_lark_secret", "swanlab_lark_webhook_url"),
+            "swanlab_lark_secret is given, but there is no address that notices go to. Write "
+            "swanlab_lark_webhook_url, or remove the secret.",
+        )
 
 
 def nothing_beside_none(arguments: RunArguments) -> Iterator[Problem]:
@@ -366,7 +383,8 @@ RULES: tuple[Rule, ...] = (
     streams_have_no_length,
     calibration_needs_texts,
     pixel_limits_are_in_order,
-    trackio_keys_need_trackio,
+    trackers_are_known,
+    signed_notices_have_an_address,
     nothing_beside_none,
     plotted_keys_are_logged,
     best_needs_evaluations,
@@ -387,11 +405,28 @@ def broken(arguments: RunArguments) -> list[Problem]:
 
 def remarks(arguments: RunArguments) -> list[str]:
     """What is no mistake, and still may not be what was meant."""
-    optimizer = arguments.optimizer
+    optimizer, said = arguments.optimizer, []
     steps, ratio = optimizer.warmup_steps, optimizer.warmup_ratio
-    said = f"warmup_steps={steps}" if steps else f"warmup_ratio={ratio}"
+    warmup = f"warmup_steps={steps}" if steps else f"warmup_ratio={ratio}"
     if (steps or ratio) and optimizer.lr_scheduler_type in WITHOUT_WARMUP:
-        return [f"{said} does nothing with lr_scheduler_type={optimizer.lr_scheduler_type}"]
-    if steps and ratio:
-        return [f"{said} goes before warmup_ratio={ratio}, which does nothing"]
-    return []
+        said.append(f"{warmup} does nothing with lr_scheduler_type={optimizer.lr_scheduler_type}")
+    elif steps and ratio:
+        said.append(f"{warmup} goes before warmup_ratio={ratio}, which does nothing")
+    return said + _idle_tracking_keys(arguments.tracking)
+
+
+def _idle_tracking_keys(tracking: TrackingArguments) -> list[str]:
+    asked = set(tracking.report_to) - {"none"}
+    uses_swanlab = tracking.use_swanlab or bool(asked & {"swanlab", "all"})
+    idle = [
+        key
+        for key, field in type(tracking).model_fields.items()
+        if key.startswith("swanlab_") and not uses_swanlab
+        if getattr(tracking, key) != field.get_default()
+    ]
+    said = [f"{', '.join(idle)}: without use_swanlab: true this does nothing"] if idle else []
+    if tracking.run_name is not None and not (asked or uses_swanlab):
+        said.append(f"run_name={tracking.run_name} does nothing: report_to names no tracker")
+    if tracking.logging_dir is not None and not asked & {"tensorboard", "all"}:
+        said.append("logging_dir does nothing: report_to does not name tensorboard")
+    return said

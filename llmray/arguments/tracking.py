@@ -8,15 +8,38 @@ from pydantic import SecretStr
 
 from llmray.arguments.group import Field, Group, Names
 
+# what report_to takes beside none and all
+TRACKERS = ("tensorboard", "wandb", "swanlab")
+# what it takes in transformers, and not here
+OTHER_TRACKERS = (
+    "azure_ml",
+    "clearml",
+    "codecarbon",
+    "comet_ml",
+    "dagshub",
+    "dvclive",
+    "flyte",
+    "mlflow",
+    "neptune",
+    "trackio",
+)
+
 
 class TrackingArguments(Group):
     """Where metrics are sent beside the run's own files."""
 
-    report_to: Names = Field(("none",), description="Trackers that metrics are sent to, or none.")
+    report_to: Names = Field(
+        ("none",), description="Trackers: tensorboard, wandb, swanlab; all or none."
+    )
+    logging_dir: str | None = Field(
+        None, description="Folder of TensorBoard's files. Not given: runs in the run's directory."
+    )
     run_name: str | None = Field(
         None, description="Name of the run in trackers. Not given: output_dir."
     )
-    project: str = Field("huggingface", description="Project in trackers that have one (trackio).")
+    project: str = Field(
+        "huggingface", description="Project in wandb, unless WANDB_PROJECT names another."
+    )
     trackio_space_id: str | None = Field(
         None, description="Hugging Face Space that trackio's metrics go to."
     )
@@ -29,14 +52,20 @@ class TrackingArguments(Group):
     use_swanlab: bool = Field(False, description="Send metrics to SwanLab.")
     swanlab_project: str = Field("llamafactory", description="Project in SwanLab.")
     swanlab_workspace: str | None = Field(None, description="Workspace in SwanLab.")
-    swanlab_run_name: str | None = Field(None, description="Name of the experiment in SwanLab.")
-    swanlab_mode: Literal["cloud", "local"] = Field(
-        "cloud", description="Send to SwanLab's service, or keep its files here."
+    swanlab_run_name: str | None = Field(
+        None, description="Name of the experiment in SwanLab. Not given: run_name."
+    )
+    swanlab_mode: Literal["cloud", "local", "offline", "disabled"] = Field(
+        "cloud",
+        description="Send to SwanLab's service, keep files for its board here (local, needs "
+        "swanboard), or for a later `swanlab sync` (offline).",
     )
     swanlab_api_key: SecretStr | None = Field(
         None, description="Access key of SwanLab, or SWANLAB_API_KEY in the environment."
     )
-    swanlab_logdir: str | None = Field(None, description="Folder of SwanLab's own files.")
+    swanlab_logdir: str | None = Field(
+        None, description="Folder of SwanLab's files. Not given: swanlog in the run's directory."
+    )
     swanlab_lark_webhook_url: SecretStr | None = Field(
         None, description="Lark address that SwanLab's notices go to."
     )

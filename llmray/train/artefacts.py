@@ -14,6 +14,7 @@ from typing import Any
 
 from llmray import store
 from llmray.train.observers import LOG_NAME
+from llmray.train.trackers import IDENTITY_NAME
 
 
 class Artefacts:
@@ -28,7 +29,7 @@ class Artefacts:
             self._temporary = tempfile.TemporaryDirectory(prefix="llmray-")
             self.directory = Path(self._temporary.name)
             if is_main:
-                store.fetch(run_dir, [LOG_NAME], self.directory)
+                store.fetch(run_dir, [LOG_NAME, IDENTITY_NAME], self.directory)
         else:
             self.directory = Path(run_dir)
         if is_main:
@@ -53,4 +54,5 @@ class Artefacts:
     def publish(self) -> None:
         """Copy what was written to the run directory, where that is a URI."""
         if self._temporary is not None and self._is_main:
-            store.upload(self.directory, self.run_dir)
+            # trackers write here too, from threads and processes of their own
+            store.upload(self.directory, self.run_dir, may_vanish=True)

@@ -32,7 +32,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # what a run leaves beside its checkpoints; anything else in the directory is the user's own
 ARTEFACTS = re.compile(
     r"adapter_(model|config)\..*|model.*\.safetensors|model\.safetensors\.index\.json"
-    r"|(trainer_log\.jsonl|run_arguments\.yaml|(all|train|eval)_results\.json)"
+    r"|(trainer_log\.jsonl|trackers\.json|run_arguments\.yaml|(all|train|eval)_results\.json)"
     r"|training_\w+\.png"
 )
 # these say how a run is started, not what it computes

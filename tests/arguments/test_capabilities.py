@@ -25,6 +25,9 @@ default_system
 additional_target lora_alpha lora_dropout lora_rank lora_target use_rslora create_new_adapter
 freeze_trainable_layers freeze_trainable_modules freeze_extra_modules pure_bf16 disable_shuffling
 plot_loss
+report_to logging_dir run_name project use_swanlab swanlab_project swanlab_workspace
+swanlab_run_name swanlab_mode swanlab_api_key swanlab_logdir swanlab_lark_webhook_url
+swanlab_lark_secret
 learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm warmup_ratio
 warmup_steps optim_args lr_scheduler_kwargs
 output_dir overwrite_output_dir do_train per_device_train_batch_size per_device_eval_batch_size
@@ -57,7 +60,6 @@ PARTLY = {
     "do_eval": ([False], []),
     "do_predict": ([False], []),
     "save_strategy": (["no", "steps", "epoch"], []),
-    "report_to": (["none", None, []], ["wandb", "all"]),
 }
 
 

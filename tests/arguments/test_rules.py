@@ -157,8 +157,16 @@ CASES = {
         ({f"{kind}_max_pixels": 64, f"{kind}_min_pixels": 65}, {f"{kind}_min_pixels": 64}, kind)
         for kind in ("image", "video")
     ],
-    "trackio_keys_need_trackio": [
-        ({"trackio_space_id": "s"}, {"report_to": "trackio"}, "trackio_space_id=s")
+    "trackers_are_known": [
+        ({"report_to": "wandb,tensorbord"}, {"report_to": "wandb"}, "Did you mean tensorboard?"),
+        ({"report_to": "trackio"}, {"report_to": "all"}, "trackio is not built in"),
+    ],
+    "signed_notices_have_an_address": [
+        (
+            {"swanlab_lark_secret": "s"},
+            {"swanlab_lark_webhook_url": "https://lark"},
+            "swanlab_lark_webhook_url",
+        )
     ],
     "nothing_beside_none": [({"report_to": "none,wandb"}, {"report_to": "wandb"}, "none")],
     "plotted_keys_are_logged": [

@@ -51,6 +51,7 @@ LOADS = {
     "full": COMMON.replace("lora\nlora_rank: 8\nlora_target: all", "full"),
     "evaluated": COMMON + "val_size: 0.1\nper_device_eval_batch_size: 1\neval_strategy: steps\n"
     "eval_steps: 500\n",
+    "swanlab": COMMON + "use_swanlab: true\nswanlab_run_name: some\n",
     "chat": "model_name_or_path: org/Some-4B\nadapter_name_or_path: saves/run\ntemplate: llama3\n"
     "infer_backend: huggingface\ntrust_remote_code: true\n",
 }
@@ -88,7 +89,6 @@ FAILS = {
     "remote data": LOADS["ray"] + "dataset_dir: REMOTE:org/demo_data\n",
     "benchmark": "model_name_or_path: org/Some-4B\ntask: mmlu_test\nlang: en\nn_shot: 5\n"
     "save_dir: saves/eval\nbatch_size: 4\ntemplate: fewshot\n",
-    "swanlab": COMMON + "use_swanlab: true\nswanlab_run_name: some\n",
 }
 
 
