@@ -67,8 +67,8 @@ until ray status --address "$RAY_ADDRESS" 2> /dev/null |
         echo "the $SLURM_JOB_NUM_NODES machines did not form a cluster in $waited s" >&2
         exit 1
     fi
-    sleep 5
-    waited=$((waited + 5))
+    sleep 2
+    waited=$((waited + 2))
 done
 
 llmray train "$@" &

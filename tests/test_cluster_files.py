@@ -182,8 +182,12 @@ def test_container_files_copy_what_is_here_and_install_what_was_tested(name: str
 
 FAKES = {
     "ray": """
+        if [ "$1" = status ]; then  # there when both have started
+            grep -q '^token' "$NOTES" && grep -q '^srun' "$NOTES" || exit 1
+            printf 'Active:\\n 1 node_a\\n 1 node_b\\nPending:\\n'
+            exit 0
+        fi
         echo "ray $*" >> "$NOTES"
-        [ "$1" = status ] && { printf 'Active:\\n 1 node_a\\n 1 node_b\\nPending:\\n'; exit 0; }
         echo "token ${#RAY_AUTH_TOKEN} $RAY_AUTH_MODE" >> "$NOTES"
         exec sleep 60
     """,
