@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -297,3 +299,20 @@ def test_workers_of_ray_with_gpus_get_the_allocator(
     variables = given["run_config"].worker_runtime_env["env_vars"]
     assert variables["A"] == "1"
     assert ("PYTORCH_CUDA_ALLOC_CONF" in variables) == seen
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_hidden_gpus_are_not_used() -> None:
+    code = "from llmray.train.parallel import default_device; print(default_device(0).type)"
+    seen = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | hidden,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for hidden in ({}, {"CUDA_VISIBLE_DEVICES": ""})
+    ]
+    assert seen == ["cuda", "cpu"]
