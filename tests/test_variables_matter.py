@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import subprocess
@@ -86,6 +87,23 @@ def given_to_workers(look: Look) -> object:
 
 def unknown_key(look: Look) -> object:
     return outcome(lambda: load(RUN | {"nothing_like_it": 1}).flat() != {})
+
+
+def colours(look: Look) -> object:
+    """The marks of a shown row on a terminal."""
+    from llmray import render
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    found = SimpleNamespace(left_out=(), rows=["row"])
+    look.patch.setattr(render.hub, "resolve", lambda *words, **named: look.root)
+    look.patch.setattr(render, "preview", lambda *words, **named: found)
+    look.patch.setattr(render, "_lines", lambda *words: [str(words[-1])])
+    target = Terminal()
+    render.render(load(RUN), render.Options(), target=target)
+    return target.getvalue()
 
 
 def of_other_versions(look: Look) -> object:
@@ -192,6 +210,7 @@ SEEN: dict[str, tuple[str | None, str | None, Callable[[Look], object]]] = {
     "LLMRAY_DEBUG": (None, "1", of_a_defect),
     "LLMRAY_PASS_ENV": (None, "MY_FLAG", given_to_workers),
     "ALLOW_EXTRA_ARGS": (None, "1", unknown_key),
+    "NO_COLOR": (None, "1", colours),
     "DISABLE_VERSION_CHECK": (None, "1", of_other_versions),
     "LLAMAFACTORY_VERBOSITY": ("WARN", "ERROR", of_a_remark),
     "FORCE_TORCHRUN": (None, "1", one_process),
