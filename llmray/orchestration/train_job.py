@@ -22,6 +22,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.config import LoggingConfig
@@ -45,14 +46,14 @@ if TYPE_CHECKING:
 log = getLogger("llmray")
 
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
-COLLECT_EVERY_S = 0.2
+COLLECT_EVERY_S = 0.5
 ABANDON_S = 10.0
 # Ray Train's own file in the run directory: it names checkpoints that rotation has removed since
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 # how often the worker group may fail to start, each after a minute: an hour of waiting for nodes
 MAX_START_FAILURES = 60
 HEALTH_CHECK_ENV = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
-HEALTH_CHECK_S = 0.1
+HEALTH_CHECK_S = 0.5
 PREEMPTION_ENV = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # one more process; nobody takes this node
 
 
@@ -157,11 +158,12 @@ class StopSignals:
 
 class _Trainer(TorchTrainer):
     # Ray Train's cleaner is a detached actor that a killed driver leaves behind where there is no
-    # dashboard; workers and their placement group end with the driver's job without it
+    # dashboard; workers and their placement group end with the driver's job without it. Its actor
+    # for Ray Data would only take its share of a core: no Ray Data is used.
 
     def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
+        unused = (PlacementGroupCleanerCallback, DatasetsCallback)
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, unused)]
 
 
 class _TellsController(ControllerCallback):
