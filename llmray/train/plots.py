@@ -110,7 +110,7 @@ def smooth(values: Sequence[float], weight: float | None = None) -> list[float]:
     a long one.
     """
     if weight is None:
-        weight = 1 - 1 / max(2.0, len(values) / 40)
+        weight = 1 - 1 / max(1.25, len(values) / 40)
     before, after = _sums(values, weight), _sums(values[::-1], weight)[::-1]
     return [
         (left + right - value) / (left_weight + right_weight - 1)
