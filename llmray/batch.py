@@ -6,6 +6,7 @@ fields alone and so never learns the layout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -48,12 +49,16 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """This batch on `device`; tensors that are there already are not copied."""
-        moved: dict[str, Tensor] = {}
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """This batch with every tensor replaced by what `function` makes of it."""
+        changed: dict[str, Tensor] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                moved[field.name] = value.to(device, non_blocking=True)
+                changed[field.name] = function(value)
         segments = self.segments
         if segments is not None and segments.key_index is not None:
-            segments = replace(segments, key_index=segments.key_index.to(device, non_blocking=True))
-        return replace(self, segments=segments, **moved)  # type: ignore[arg-type]
+            segments = replace(segments, key_index=function(segments.key_index))
+        return replace(self, segments=segments, **changed)  # type: ignore[arg-type]

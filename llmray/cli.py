@@ -118,20 +118,21 @@ def _explain(key: str, words: list[str]) -> int:
 
 
 def train(words: list[str]) -> int:
-    """Train as the run file says: on Ray, under torchrun, or in this process."""
+    """Train or evaluate as the run file says: on Ray, under torchrun, or in this process."""
     _speak()
     arguments = _with_absolute_paths(_load(words))
-    if not arguments.training.do_train:
+    asked = arguments.training
+    if not (asked.do_train or asked.do_eval or asked.do_predict):
         raise ArgumentsError(
-            "do_train=false: there is nothing to do, since runs that only evaluate are not built "
-            "yet. Set do_train: true."
+            "do_train, do_eval and do_predict are false: there is nothing to do. Set one of them "
+            "to true."
         )
     _say_grace()
     from llmray import launch
     from llmray.train import trackers
 
     trackers.check(arguments, os.environ)
-    ranks = launch.plan(arguments.ray_enabled, os.environ)
+    ranks = launch.plan(arguments.ray_enabled, os.environ, use_cpu=arguments.training.use_cpu)
     if ranks is not None:
         return launch.torchrun(ranks, ["-m", "llmray", "train", *words])
     if arguments.ray_enabled:
@@ -237,7 +238,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         train,
         "train [RUN.yaml] [key=value | --key value ...]",
-        "train a model as the run file says, with or without Ray",
+        "train or evaluate a model as the run file says, with or without Ray",
         RUN_FILE_HELP,
     ),
     "check": Command(

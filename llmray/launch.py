@@ -34,12 +34,13 @@ class Ranks:
     master_port: int | None = None
 
 
-def plan(ray_enabled: bool, environ: Mapping[str, str]) -> Ranks | None:
+def plan(ray_enabled: bool, environ: Mapping[str, str], *, use_cpu: bool = False) -> Ranks | None:
     """The ranks to start, or None where this process is to do the work itself.
 
     Args:
         ray_enabled: whether the run goes to Ray, which starts its own workers.
         environ: the process's environment variables.
+        use_cpu: leave GPUs alone.
 
     Raises:
         ArgumentsError: the variables contradict each other or are no numbers.
@@ -55,7 +56,7 @@ def plan(ray_enabled: bool, environ: Mapping[str, str]) -> Ranks | None:
             )
         return None
     num_nodes = environment.count(environ, "NNODES", 1)
-    num_devices = _visible_gpus()
+    num_devices = 0 if use_cpu else _visible_gpus()
     num_processes = environment.count(environ, "NPROC_PER_NODE", max(1, num_devices))
     if not forced and num_nodes * num_processes == 1:
         return None

@@ -45,9 +45,11 @@ def train(arguments: RunArguments) -> int:
 def _train(arguments: RunArguments, run_dir: str, signals: StopSignals) -> RunResult:
     model_dir = hub.resolve(arguments.model.model_name_or_path, arguments.model)
     ref = prepared.ensure(arguments, model_dir, root=prepared_root())
-    world = World.from_environment(arguments.training.ddp_timeout)
+    world = World.from_environment(
+        arguments.training.ddp_timeout, use_cpu=arguments.training.use_cpu
+    )
     try:
-        if world.is_main:
+        if world.is_main and arguments.training.do_train:
             options = arguments.training
             checkpoint.clear_way(
                 run_dir, options.resume_from_checkpoint, overwrite=options.overwrite_output_dir
@@ -59,7 +61,7 @@ def _train(arguments: RunArguments, run_dir: str, signals: StopSignals) -> RunRe
             prepared=ref,
             model_dir=model_dir,
             stop=signals.reason,
-            observers=(Console(),) if world.is_main else (),
+            observers=(Console.of(arguments.training),) if world.is_main else (),
         )
         return run(arguments, context)
     finally:

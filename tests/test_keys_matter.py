@@ -20,8 +20,7 @@ import torch
 from safetensors import safe_open
 from tiny import make_model, make_tokenizer
 
-from llmray import cli, hub, local
-from llmray import run as runs
+from llmray import assembly, cli, hub, local
 from llmray.arguments import capabilities
 from llmray.arguments.run import FIELDS, load
 from llmray.data import prepared
@@ -30,10 +29,10 @@ from llmray.errors import ArgumentsError, ClusterError
 from llmray.model.load import load_model
 from llmray.run import Context, run
 from llmray.serve import answering
-from llmray.train import optimizers, precision
+from llmray.train import device_memory, optimizers, precision
 from llmray.train.engine import Engine
 from llmray.train.generate import Sampling
-from llmray.train.observers import read_log
+from llmray.train.observers import Console, read_log
 from llmray.train.parallel import World
 
 Keys = dict[str, Any]
@@ -41,11 +40,6 @@ Keys = dict[str, Any]
 # performance only: these change how fast a run is, never what it computes
 CHANGES_NOTHING = {
     "fsdp",  # of its values only those that ask for nothing are built
-    "dataloader_num_workers",
-    "dataloader_pin_memory",
-    "dataloader_persistent_workers",
-    "dataloader_prefetch_factor",
-    "dataloader_multiprocessing_context",
     "preprocessing_batch_size",
     "preprocessing_num_workers",
 }
@@ -188,6 +182,14 @@ def scored(output: Path) -> set[str]:
     return set(json.loads((output / "eval_results.json").read_text()))
 
 
+def figures(output: Path) -> list[str]:
+    return sorted(json.loads((output / "all_results.json").read_text()))
+
+
+def logged(output: Path) -> list[str]:
+    return sorted(read_log(output / "trainer_log.jsonl")[0])
+
+
 def num_rows(output: Path) -> int:
     return json.loads((output / "train_results.json").read_text())["train_tokens"]
 
@@ -215,6 +217,7 @@ EPOCHS = {"max_steps": -1, "num_train_epochs": 1}
 VALIDATION = {"val_size": 0.25, "eval_strategy": "steps", "eval_steps": 2}
 PREDICTS = {"val_size": 0.25, "predict_with_generate": True, "max_new_tokens": 4}
 SAVES = {"save_strategy": "steps", "save_steps": 2}
+NEVER_BETTER = {"metric_for_best_model": "loss", "greater_is_better": True}
 ADAPTER = {"adapter_name_or_path": "@adapter", "lora_rank": 3}
 
 ROWS: dict[str, Row] = {
@@ -281,6 +284,27 @@ ROWS: dict[str, Row] = {
     "bf16": Row(False, True, keys={"fp32": ...}),
     "fp16": Row(False, True, keys={"fp32": ...}),
     "compute_dtype": Row("float32", "bfloat16", keys={"fp32": ...}),
+    "dataloader_drop_last": Row(False, True, steps, {**EPOCHS, "per_device_train_batch_size": 5}),
+    "train_sampling_strategy": Row("random", "group_by_length"),
+    "include_effective_tokens_per_second": Row(False, True, figures),
+    "include_num_input_tokens_seen": Row("no", "all", logged),
+    "compute_accuracy": Row(False, True, scored, VALIDATION),
+    "eval_on_each_dataset": Row(False, True, scored, {"eval_dataset": "other", "do_eval": True}),
+    "eval_delay": Row(0, 3, partial(steps, key="eval_loss"), VALIDATION),
+    "eval_on_start": Row(False, True, partial(steps, key="eval_loss"), VALIDATION),
+    "logging_strategy": Row("steps", "no", steps),
+    "early_stopping_steps": Row(..., 1, steps, {**NEVER_BETTER, **VALIDATION, "eval_steps": 1}),
+    "early_stopping_threshold": Row(
+        0.0, 100.0, steps, {**VALIDATION, "eval_steps": 1, "early_stopping_steps": 1}
+    ),
+    "load_best_model_at_end": Row(False, True, weights, {**NEVER_BETTER, **VALIDATION, **SAVES}),
+    "metric_for_best_model": Row(
+        "loss",
+        "accuracy",
+        files,
+        {**VALIDATION, "save_strategy": "best", "compute_accuracy": True},
+    ),
+    "greater_is_better": Row(False, True, files, {**VALIDATION, "save_strategy": "best"}),
     "output_dir": Row("@first", "@second", str),
 }
 
@@ -321,7 +345,9 @@ def reentrant(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> bool:
 
 def checkpointing(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> bool:
     context = Context(World.single(), "", None, site.root / "model", lambda: None)  # type: ignore[arg-type]
-    return runs._needs_checkpointing(site.arguments(keys), context, torch.tensor([9, 9]).numpy())
+    return assembly._needs_checkpointing(
+        site.arguments(keys), context, torch.tensor([9, 9]).numpy()
+    )
 
 
 def told(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> int:
@@ -412,7 +438,7 @@ def chosen_precision(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> str:
 def timeout(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> float:
     seconds: list[float] = []
 
-    def meet(timeout_s: float) -> World:
+    def meet(timeout_s: float, *, use_cpu: bool) -> World:
         seconds.append(timeout_s)
         return World.single()
 
@@ -472,6 +498,37 @@ def board(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> list[str]:
     return sorted(str(path.parent) for path in site.root.glob("board-*/events*"))
 
 
+def ahead(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Any:
+    arguments = site.arguments({"dataloader_num_workers": 1, **keys})
+    return assembly.reading_ahead(arguments, torch.device("cuda"))
+
+
+def released(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> int:
+    calls: list[Any] = []
+    patch.setattr(device_memory, "release", calls.append)
+    site.train(keys)
+    return len(calls)
+
+
+def bar(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> bool:
+    return Console.of(site.arguments(keys).training).draws_bar
+
+
+def device(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    """Where a process, torchrun's ranks and Ray's workers would compute if there were GPUs."""
+    from llmray import launch
+    from llmray.orchestration.plan import Inventory, Node, place
+
+    patch.setattr(torch.cuda, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "device_count", lambda: 2)
+    patch.setenv("WORLD_SIZE", "1")
+    use_cpu = site.arguments(keys).training.use_cpu
+    inventory = Inventory((Node("1", "127.0.0.1", {"CPU": 4.0, "GPU": 2.0}),), {})
+    placement = place(site.arguments(keys).cluster, inventory, use_cpu=use_cpu)
+    world = World.from_environment(60, use_cpu=use_cpu)
+    return world.device.type, launch.plan(False, {}, use_cpu=use_cpu), placement.uses_gpu
+
+
 SEEN: dict[str, tuple[Any, Any, Seen]] = {
     "device_map": ({"": "cpu"}, {"": 0}, goes),
     "model_max_length": (64, 65, goes),
@@ -501,6 +558,12 @@ SEEN: dict[str, tuple[Any, Any, Seen]] = {
     "resume_from_checkpoint": (True, False, first_step),
     "overwrite_output_dir": (True, False, first_step),
     "do_train": (True, False, trains),
+    "dataloader_num_workers": (1, 3, ahead),
+    "dataloader_prefetch_factor": (2, 3, ahead),
+    "dataloader_pin_memory": (True, False, ahead),
+    "torch_empty_cache_steps": (1, 2, released),
+    "disable_tqdm": (True, False, bar),
+    "use_cpu": (True, False, device),
     "per_device_eval_batch_size": (1, 3, evaluation_passes),
     "full_determinism": (False, True, deterministic),
     "fp32": (..., True, chosen_precision),

@@ -19,12 +19,14 @@ import torch
 from tiny import make_tokenizer
 
 from llmray import cli, hub, launch, local
+from llmray import run as runs
 from llmray.arguments import environment, paths
 from llmray.arguments.model import ModelArguments
 from llmray.arguments.run import load
 from llmray.errors import LlmrayError
 from llmray.model.load import load_config
 from llmray.train import parallel, trackers
+from llmray.train.loop import Progress
 
 RUN = {"model_name_or_path": "m", "dataset": "a", "output_dir": "o", "do_train": True}
 
@@ -55,6 +57,14 @@ def outcome(action: Callable[[], object]) -> object:
         return action()
     except LlmrayError as error:
         return str(error)
+
+
+def recorded(look: Look) -> object:
+    core = SimpleNamespace(
+        arguments=load(RUN),
+        context=SimpleNamespace(world=SimpleNamespace(device=torch.device("cpu"))),
+    )
+    return sorted(runs._figures(core)(Progress()))  # type: ignore[arg-type]
 
 
 def enabled(look: Look) -> object:
@@ -204,6 +214,7 @@ def project_in_wandb(look: Look) -> object:
 
 
 SEEN: dict[str, tuple[str | None, str | None, Callable[[Look], object]]] = {
+    "RECORD_VRAM": (None, "1", recorded),
     "USE_RAY": ("0", "1", enabled),
     "LLMRAY_HOME": ("/one", "/two", start_of_paths),
     "LLMRAY_CACHE": ("/one", "/two", cache),
@@ -266,7 +277,6 @@ def test_without_an_npu_its_variables_are_said(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_run_says_what_is_for_npus_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """`run` is what every worker calls; it fails here after it has looked."""
-    from llmray import run as runs
 
     seen: list[object] = []
     monkeypatch.setattr(runs, "set_npu_mode", seen.append)

@@ -73,17 +73,6 @@ NOT_BUILT: dict[str, Gap] = {
         "label_smoothing_factor",
         "neftune_noise_alpha",
     ),
-    "compute_accuracy": Gap(f"Token accuracy at evaluation is not built yet. {_REMOVE}"),
-    "include_effective_tokens_per_second": Gap(
-        f"It is not built yet; every log line has tokens_per_second. {_REMOVE}"
-    ),
-    **_family(
-        f"Stopping early and choosing the best evaluation are not built yet. {_REMOVE}",
-        "early_stopping_steps",
-        "load_best_model_at_end",
-        "metric_for_best_model",
-        "greater_is_better",
-    ),
     **_family(
         f"Megatron and HyperParallel are not built in yet. {_REMOVE}",
         "use_mca",
@@ -171,7 +160,6 @@ NOT_BUILT: dict[str, Gap] = {
         "Sharing prepared data between nodes by this key is not built yet: nodes that share "
         f"LLMRAY_CACHE build it once, others once each. {_REMOVE}"
     ),
-    "eval_on_each_dataset": Gap(f"Separate losses of evaluation sets are not built yet. {_REMOVE}"),
     **_family(f"Streaming is not built yet. {_REMOVE}", "streaming", "buffer_size"),
     **_family(
         f"Interleaving of sets is not built yet; they follow one another. {_REMOVE}",
@@ -288,45 +276,18 @@ NOT_BUILT: dict[str, Gap] = {
         "kt_force_think",
     ),
     # training
-    "do_eval": Gap(
-        "Evaluation without training is not built yet. Write do_train: true too.",
-        lambda value, flat: flat["do_train"],
-    ),
-    "do_predict": Gap(
-        "Prediction without training is not built yet. Write do_train: true too.",
-        lambda value, flat: flat["do_train"],
-    ),
     "auto_find_batch_size": Gap(f"A search for the batch size is not built yet. {_REMOVE}"),
-    "logging_strategy": Gap("Logging is built by steps only yet. Use steps and logging_steps."),
-    "disable_tqdm": Gap(f"A choice of the progress line is not built yet. {_REMOVE}"),
-    "include_num_input_tokens_seen": Gap(f"A count of tokens seen is not built yet. {_REMOVE}"),
-    "save_strategy": Gap(
-        "Saving of the best is not built yet. Use no, steps or epoch.",
-        only("no", "steps", "epoch"),
-    ),
-    **_family(
-        f"Delayed and first evaluations are not built yet. {_REMOVE}",
-        "eval_delay",
-        "eval_on_start",
-    ),
     **_family(
         f"That number format is not built yet. {_REMOVE}",
         "bf16_full_eval",
         "fp16_full_eval",
         "tf32",
     ),
-    "use_cpu": Gap("It is not built yet. Hide the GPUs by CUDA_VISIBLE_DEVICES='' instead."),
     **_family(
         f"torch.compile is not built in yet. {_REMOVE}",
         "torch_compile",
         "torch_compile_backend",
         "torch_compile_mode",
-    ),
-    "torch_empty_cache_steps": Gap(f"It is not built yet. {_REMOVE}"),
-    "dataloader_drop_last": Gap(f"Leaving out the last step is not built yet. {_REMOVE}"),
-    "train_sampling_strategy": Gap(
-        "Rows are taken in random order. Write disable_shuffling: true for the order of the data; "
-        "length does not matter, for rows are not padded."
     ),
     **_family(
         f"Settings of the process group are not built yet. {_REMOVE}",
@@ -447,6 +408,12 @@ NOT_SUPPORTED: dict[str, Gap] = {
         "num_beams and the like, none of which is left to a model's folder. Remove the key."
     ),
     "activation_checkpointing_kwargs": Gap("Write use_reentrant_gc: true or false instead."),
+    **_family(
+        "Rows are read ahead by threads, which live as long as the run. Write "
+        "dataloader_num_workers, and remove the key.",
+        "dataloader_persistent_workers",
+        "dataloader_multiprocessing_context",
+    ),
     "dataloader_in_order": Gap("Batches always come in their order. Remove the key."),
     **_family(
         "Columns are named in dataset_info.json. Remove the key.",
@@ -471,6 +438,11 @@ class Combination:
 
 
 COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
+    Combination(
+        ("load_best_model_at_end", "save_only_model"),
+        lambda flat: flat["load_best_model_at_end"] and flat["save_only_model"],
+        "Weights that were saved alone are not restored within a run yet. Remove save_only_model.",
+    ),
     Combination(
         ("adapter_name_or_path", "finetuning_type"),
         lambda flat: bool(flat["adapter_name_or_path"]) and flat["finetuning_type"] != "lora",

@@ -35,6 +35,7 @@ VARIABLES: dict[str, Variable] = {
     "LLMRAY_DEBUG": Variable("flag", "Show tracebacks."),
     "NO_COLOR": Variable("text", "Any value: nothing is coloured on a terminal."),
     "LLMRAY_PASS_ENV": Variable("names", "Further variables that are passed on to workers."),
+    "RECORD_VRAM": Variable("flag", "Log the most device memory so far, in gigabytes of 2^30."),
     "ALLOW_EXTRA_ARGS": Variable("flag", "Leave out unknown keys with a warning."),
     "DISABLE_VERSION_CHECK": Variable("flag", "Do not compare the versions of the nodes."),
     "LLAMAFACTORY_VERBOSITY": Variable("level", "How much llmray says: DEBUG, INFO, WARN, ERROR."),

@@ -145,12 +145,16 @@ class MethodArguments(Group):
         "directory; names of other keys of trainer_log.jsonl are drawn besides.",
     )
     include_effective_tokens_per_second: bool = Field(
-        False, description="Report tokens per second, padding not counted, of the whole run."
+        False,
+        description="Report tokens per second and worker, padding not counted, at the end.",
     )
     early_stopping_steps: Int | None = Field(
         None,
         ge=1,
         description="Stop after this many evaluations in a row without a better result.",
+    )
+    early_stopping_threshold: Float = Field(
+        0.0, ge=0, description="A result that is better by no more than this does not count."
     )
 
 

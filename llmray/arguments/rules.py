@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+from llmray.arguments.best import BEST_RULES
 from llmray.arguments.derived import DERIVED_RULES
 from llmray.arguments.method_rules import METHOD_RULES, Rule
 from llmray.arguments.problems import Problem, given, shown
@@ -42,13 +43,16 @@ def training_needs_data(arguments: RunArguments) -> Iterator[Problem]:
         )
 
 
-def training_needs_output(arguments: RunArguments) -> Iterator[Problem]:
-    """Training needs a place for its result."""
-    if arguments.training.do_train and arguments.training.output_dir is None:
-        yield Problem(
-            ("do_train", "output_dir"),
-            "do_train=true, but no output_dir is given. Write output_dir: with a folder.",
-        )
+def runs_need_output(arguments: RunArguments) -> Iterator[Problem]:
+    """Training and evaluation need a place for their results."""
+    training = arguments.training
+    for key in ("do_train", "do_eval", "do_predict"):
+        if getattr(training, key) and training.output_dir is None:
+            yield Problem(
+                (key, "output_dir"),
+                f"{key}=true, but no output_dir is given. Write output_dir: with a folder.",
+            )
+            return
 
 
 def evaluation_needs_rows(arguments: RunArguments) -> Iterator[Problem]:
@@ -288,56 +292,6 @@ def plotted_keys_are_logged(arguments: RunArguments) -> Iterator[Problem]:
             )
 
 
-def best_needs_evaluations(arguments: RunArguments) -> Iterator[Problem]:
-    """Stopping early and the best checkpoint are decided at evaluations."""
-    training = arguments.training
-    asked = {
-        "load_best_model_at_end": training.load_best_model_at_end,
-        "early_stopping_steps": arguments.finetuning.early_stopping_steps is not None,
-        "save_strategy": training.save_strategy == "best",
-        "lr_scheduler_type": arguments.optimizer.lr_scheduler_type == "reduce_lr_on_plateau",
-    }
-    for key, is_asked in asked.items():
-        if is_asked and training.eval_strategy == "no":
-            yield Problem(
-                (key, "eval_strategy"),
-                f"{key} decides by evaluations, but eval_strategy=no. Write eval_strategy: steps, "
-                f"or remove {key}.",
-            )
-
-
-def best_is_saved(arguments: RunArguments) -> Iterator[Problem]:
-    """The best evaluation can only be restored where it was saved."""
-    training = arguments.training
-    if training.load_best_model_at_end and training.save_strategy not in (
-        training.eval_strategy,
-        "best",
-    ):
-        yield Problem(
-            ("load_best_model_at_end", "save_strategy", "eval_strategy"),
-            f"load_best_model_at_end=true with save_strategy={training.save_strategy} and "
-            f"eval_strategy={training.eval_strategy}: what is evaluated must be saved. Write the "
-            "same for both.",
-        )
-
-
-def best_is_saved_when_evaluated(arguments: RunArguments) -> Iterator[Problem]:
-    """Where the best is restored, every checkpoint stands at an evaluation."""
-    training = arguments.training
-    by_steps = training.save_strategy == training.eval_strategy == "steps"
-    saves, evals = training.save_steps, training.eval_steps or training.logging_steps
-    if not (training.load_best_model_at_end and by_steps):
-        return
-    times = saves / evals
-    if abs(times - round(times)) > 1e-9 or times < 1:
-        yield Problem(
-            ("load_best_model_at_end", "save_steps", "eval_steps"),
-            f"load_best_model_at_end=true with save_steps={saves} and eval_steps={evals}: a "
-            "checkpoint between two evaluations cannot be the best. Write a multiple of "
-            "eval_steps as save_steps.",
-        )
-
-
 def described_tokens_need_descriptions(arguments: RunArguments) -> Iterator[Problem]:
     """Embeddings that start from descriptions need these."""
     model = arguments.model
@@ -346,6 +300,42 @@ def described_tokens_need_descriptions(arguments: RunArguments) -> Iterator[Prob
             ("init_special_tokens", "new_special_tokens_config"),
             f"init_special_tokens={model.init_special_tokens}, but there are no descriptions. "
             "Write new_special_tokens_config.",
+        )
+
+
+def one_order(arguments: RunArguments) -> Iterator[Problem]:
+    """Rows have one order."""
+    if (
+        arguments.finetuning.disable_shuffling
+        and arguments.training.train_sampling_strategy == "group_by_length"
+    ):
+        yield Problem(
+            ("disable_shuffling", "train_sampling_strategy"),
+            "disable_shuffling=true with train_sampling_strategy=group_by_length: one keeps the "
+            "order of the data, the other groups rows by length. Remove one of them.",
+        )
+
+
+def threads_read_ahead(arguments: RunArguments) -> Iterator[Problem]:
+    """Threads read ahead, so there must be some."""
+    training = arguments.training
+    factor = training.dataloader_prefetch_factor
+    if factor is not None and training.dataloader_num_workers == 0:
+        yield Problem(
+            ("dataloader_prefetch_factor", "dataloader_num_workers"),
+            f"dataloader_prefetch_factor={factor} with dataloader_num_workers=0: nothing reads "
+            "ahead. Write dataloader_num_workers, or remove it.",
+        )
+
+
+def the_cpu_is_no_gpu(arguments: RunArguments) -> Iterator[Problem]:
+    """A run on the CPU asks for no GPU."""
+    resources = arguments.cluster.resources_per_worker or {}
+    if arguments.training.use_cpu and resources.get("GPU"):
+        yield Problem(
+            ("use_cpu", "resources_per_worker"),
+            f"use_cpu=true with {given('resources_per_worker', resources)}: workers would hold "
+            'GPUs that they do not use. Write such as {"CPU": 2}, or remove use_cpu.',
         )
 
 
@@ -369,7 +359,7 @@ def resources_are_amounts(arguments: RunArguments) -> Iterator[Problem]:
 RULES: tuple[Rule, ...] = (
     model_is_named,
     training_needs_data,
-    training_needs_output,
+    runs_need_output,
     evaluation_needs_rows,
     sft_only,
     prediction_generates,
@@ -387,14 +377,15 @@ RULES: tuple[Rule, ...] = (
     signed_notices_have_an_address,
     nothing_beside_none,
     plotted_keys_are_logged,
-    best_needs_evaluations,
-    best_is_saved,
-    best_is_saved_when_evaluated,
     described_tokens_need_descriptions,
+    one_order,
+    threads_read_ahead,
+    the_cpu_is_no_gpu,
     resources_are_amounts,
     *METHOD_RULES,
     *SETTINGS_RULES,
     *DERIVED_RULES,
+    *BEST_RULES,
 )
 
 

@@ -101,9 +101,14 @@ class CadenceArguments(Group):
     log_on_each_node: bool = Field(True, description="One speaker on each node.")
     log_level: str = Field("passive", description="Log level of the first rank.")
     log_level_replica: str = Field("warning", description="Log level of the other ranks.")
-    disable_tqdm: bool | None = Field(None, description="Print lines instead of a progress bar.")
+    disable_tqdm: bool | None = Field(
+        None,
+        description="True prints lines, false draws a bar. Not given: a bar on a terminal alone.",
+    )
     include_num_input_tokens_seen: TokenCount = Field(
-        "no", description="Log the tokens seen so far, all or those that are not padding."
+        "no",
+        description="Log the tokens seen so far, all or those that are not padding, as "
+        "num_input_tokens_seen.",
     )
     save_strategy: SaveInterval = Field("steps", description="When a checkpoint is saved.")
     save_steps: Share = Field(
@@ -187,7 +192,9 @@ class PrecisionArguments(Group):
         None, description="Which of Liger's kernels are used."
     )
     torch_empty_cache_steps: Int | None = Field(
-        None, ge=1, description="Steps between two releases of cached device memory."
+        None,
+        ge=1,
+        description="Steps between two releases of memory that is kept unused.",
     )
     activation_checkpointing_kwargs: Object | None = Field(
         None, description="Settings of torch's recomputation of activations."
@@ -195,25 +202,24 @@ class PrecisionArguments(Group):
 
 
 class LoaderArguments(Group):
-    """How rows reach the device: rows are memory-mapped, so most of it changes nothing."""
+    """How rows reach the device; nothing but the order and the last step changes a result."""
 
     dataloader_num_workers: Int = Field(
         0,
         ge=0,
-        description="Processes that read rows ahead. Rows are memory-mapped and need none; it "
-        "changes no result.",
+        description="Threads that lay rows out as batches ahead of time. 0: when they are needed.",
     )
     dataloader_pin_memory: bool = Field(
-        True, description="Copy batches to the device through pinned memory; changes no result."
+        True, description="Copy batches to a GPU through pinned memory."
     )
     dataloader_persistent_workers: bool = Field(
-        False, description="Keep reading processes between epochs; changes no result."
+        False, description="Keep reading processes between epochs. Threads stay as they are."
     )
     dataloader_prefetch_factor: Int | None = Field(
-        None, ge=1, description="Batches read ahead by each process; changes no result."
+        None, ge=1, description="Batches that each thread reads ahead. Not given: 2."
     )
     dataloader_multiprocessing_context: Literal["fork", "spawn", "forkserver"] | None = Field(
-        None, description="How reading processes start; changes no result."
+        None, description="How reading processes start. Threads need no start."
     )
     dataloader_in_order: bool = Field(True, description="Take batches in their order.")
     dataloader_drop_last: bool = Field(
@@ -224,7 +230,9 @@ class LoaderArguments(Group):
     )
     label_names: Names = Field((), description="Inputs that are labels.")
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = Field(
-        "random", description="Order of the training rows."
+        "random",
+        description="Order of the training rows; group_by_length brings rows of like length near "
+        "each other, in a random order of groups.",
     )
     length_column_name: str = Field("length", description="Column that holds the rows' lengths.")
     sortish_sampler: bool = Field(False, description="Order rows roughly by length.")

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from llmray.errors import CheckpointError
+from llmray.errors import CheckpointError, DataError
+
+Order = Literal["random", "sequential", "group_by_length"]
 
 
 class Batches:
     """The plan of steps of a table; a Resumable whose position is an epoch and a step of it.
 
     Attributes:
-        steps_per_epoch: steps that see every row once; the last one may be smaller.
+        steps_per_epoch: steps that see every row once; the last one may be smaller, or left out.
         global_batch: rows of a full step, over all ranks and micro-batches.
     """
 
@@ -31,7 +33,8 @@ class Batches:
         world_size: int,
         rank: int,
         seed: int,
-        shuffle: bool,
+        order: Order,
+        drop_last: bool = False,
     ) -> None:
         """Plan steps.
 
@@ -42,29 +45,49 @@ class Batches:
             world_size: ranks.
             rank: this one.
             seed: of the order of rows; epoch e is drawn with seed + e.
-            shuffle: whether rows are drawn in random order; else in that of the table.
+            order: random, that of the table, or random with rows of like length near each other.
+            drop_last: leave out the last step of an epoch when it is not full.
+
+        Raises:
+            DataError: no step is left.
         """
         self._lengths = lengths
         self._per_device, self._accumulation = per_device, accumulation
         self._world_size, self._rank = world_size, rank
-        self._seed, self._shuffle = seed, shuffle
+        self._seed, self._kind = seed, order
         self.global_batch = per_device * accumulation * world_size
-        self.steps_per_epoch = -(-len(lengths) // self.global_batch)
+        full = len(lengths) // self.global_batch
+        self.steps_per_epoch = full if drop_last else -(-len(lengths) // self.global_batch)
+        if drop_last and not full:
+            raise DataError(
+                f"dataloader_drop_last=true leaves no step: there are {len(lengths)} rows, and a "
+                f"step has {self.global_batch}. Lower per_device_train_batch_size or "
+                "gradient_accumulation_steps, or remove dataloader_drop_last."
+            )
         self._epoch, self._step = 0, 0  # of the next step
         self._order: tuple[int, np.ndarray] | None = None
 
     def step(self, epoch: int, k: int) -> list[np.ndarray]:
-        """The rows of this rank's micro-batches in step k of an epoch.
+        """The rows of this rank's micro-batches in step k of an epoch; moves the position past it.
 
         Every rank has as many micro-batches as the others; those of a last step may be empty.
         """
+        made = self.micro_batches(epoch, k)
+        self.pass_by(epoch, k)
+        return made
+
+    def micro_batches(self, epoch: int, k: int) -> list[np.ndarray]:
+        """What `step` gives; leaves the position where it is."""
         if not 0 <= k < self.steps_per_epoch:
             raise IndexError(f"step {k} of {self.steps_per_epoch}")
         rows = self._rows(epoch, k)
-        self._epoch, self._step = divmod(epoch * self.steps_per_epoch + k + 1, self.steps_per_epoch)
         count = -(-len(rows) // (self._per_device * self._world_size))
         mine = self._deal(rows, self._world_size, count * self._per_device)[self._rank]
         return self._deal(mine, count, self._per_device)
+
+    def pass_by(self, epoch: int, k: int) -> None:
+        """Move the position past step k of an epoch."""
+        self._epoch, self._step = divmod(epoch * self.steps_per_epoch + k + 1, self.steps_per_epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what the order of rows follows from."""
@@ -74,6 +97,8 @@ class Batches:
             "seed": self._seed,
             "global_batch": self.global_batch,
             "num_rows": len(self._lengths),
+            "steps_per_epoch": self.steps_per_epoch,
+            "order": self._kind,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -83,7 +108,11 @@ class Batches:
             CheckpointError: rows came in another order there, so the position says nothing here.
         """
         ours = self.state_dict()
-        names = {"seed": "seed (or data_seed)", "num_rows": "number of rows"}
+        names = {
+            "seed": "seed (or data_seed)",
+            "num_rows": "number of rows",
+            "order": "order of rows (train_sampling_strategy, disable_shuffling)",
+        }
         for name, said in names.items():
             if state[name] != ours[name]:
                 raise CheckpointError(
@@ -99,17 +128,26 @@ class Batches:
                 f"resume needs a product of {state['global_batch']}: change one of the three, or "
                 "start anew with overwrite_output_dir: true."
             )
+        if state["steps_per_epoch"] != self.steps_per_epoch:
+            raise CheckpointError(
+                f"The checkpoint's epochs have {state['steps_per_epoch']} steps, here they have "
+                f"{self.steps_per_epoch}. A resume needs the checkpoint's dataloader_drop_last: "
+                "use it, or start anew with overwrite_output_dir: true."
+            )
         self._epoch, self._step = state["epoch"], state["step"]
 
     def _rows(self, epoch: int, k: int) -> np.ndarray:
         part = slice(k * self.global_batch, (k + 1) * self.global_batch)
-        if not self._shuffle:
+        if self._kind == "sequential":
             return np.arange(len(self._lengths))[part]
         if self._order is None or self._order[0] != epoch:
             import torch
 
             generator = torch.Generator().manual_seed(self._seed + epoch)
-            self._order = (epoch, torch.randperm(len(self._lengths), generator=generator).numpy())
+            order = torch.randperm(len(self._lengths), generator=generator).numpy()
+            if self._kind == "group_by_length":
+                order = by_length(order, self._lengths, self.global_batch)
+            self._order = (epoch, order)
         return self._order[1][part]
 
     def _deal(self, rows: np.ndarray, num_bins: int, capacity: int) -> list[np.ndarray]:
@@ -117,6 +155,26 @@ class Batches:
         if num_bins == 1:
             return [rows]
         return [rows[places] for places in deal(self._lengths[rows].tolist(), num_bins, capacity)]
+
+
+def by_length(order: np.ndarray, lengths: np.ndarray, global_batch: int) -> np.ndarray:
+    """A random order with rows of like length near each other, as transformers groups them.
+
+    The order is cut into stretches of up to 50 steps, at least four of them where rows suffice;
+    each is sorted from long to short. The longest row of all comes first, so that memory that does
+    not suffice shows at once.
+
+    Args:
+        order: a permutation, (num_rows,).
+        lengths: tokens of each row, (num_rows,).
+        global_batch: rows of a step.
+    """
+    stretch = global_batch * max(1, min(len(order) // (global_batch * 4), 50))
+    parts = [order[start : start + stretch] for start in range(0, len(order), stretch)]
+    parts = [part[np.argsort(-lengths[part].astype(np.int64), kind="stable")] for part in parts]
+    longest = max(range(len(parts)), key=lambda i: int(lengths[parts[i][0]]))
+    parts[0][0], parts[longest][0] = parts[longest][0], parts[0][0]
+    return np.concatenate(parts)
 
 
 def deal(sizes: Sequence[int], num_bins: int, capacity: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -15,13 +16,12 @@ from llmray.data.conversation import Conversation, RowError, to_conversation
 from llmray.data.encoding import Encoder
 from llmray.data.features import FEATURES, RowFeatures
 from llmray.data.pieces import Piece
-from llmray.data.planning import Plan, Shard
+from llmray.data.planning import EVAL, TRAIN, Plan, Shard
 from llmray.errors import DataError, StoreError
 from llmray.store import FileSum
 
 MOST_PROBLEMS = 10
 BATCH_CHARS = 1 << 22  # tokenizing takes about 100 bytes of memory a character
-TABLES = ("train", "eval")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def build_shard(plan: Plan, index: int) -> ShardReport:
     if note.exists():
         return finished(plan, index)
     shard = plan.shards[index]
-    kept: dict[str, list[RowFeatures]] = {table: [] for table in TABLES}
+    kept: dict[str, list[RowFeatures]] = {table: [] for table in plan.tables}
     counts = dict.fromkeys(("read", "truncated", "empty", "without_target"), 0)
     first_without: str | None = None
     problems: list[str] = []
@@ -191,7 +191,7 @@ def raise_problems(reports: Sequence[ShardReport]) -> None:
 
 def tables(plan: Plan, reports: Sequence[ShardReport]) -> dict[str, list[str]]:
     """The files of each table in order."""
-    found: dict[str, list[str]] = {table: [] for table in TABLES}
+    found: dict[str, list[str]] = {table: [] for table in plan.tables}
     for index in range(len(plan.shards)):
         for table, names in found.items():
             if _file(table, index) in reports[index].files:
@@ -209,6 +209,7 @@ def counts(plan: Plan, reports: Sequence[ShardReport]) -> dict[str, Any]:
     """Counts of all shards together, and the place of the first row without a target.
 
     `train_rows` and `eval_rows` are rows of the tables: blocks, where texts are laid into blocks.
+    Those of sets that are evaluated one by one are summed in `eval_rows`.
     """
     total: dict[str, Any] = {}
     for report in reports:
@@ -217,16 +218,19 @@ def counts(plan: Plan, reports: Sequence[ShardReport]) -> dict[str, Any]:
     places = (report.first_without_target for report in reports)
     total["first_without_target"] = next((place for place in places if place), None)
     if plan.block_len is not None:
-        for table in TABLES:
+        for table in plan.tables:
             total[f"{table}_rows"] = -(-total[f"{table}_tokens"] // plan.block_len)
             total[f"{table}_targets"] = total[f"{table}_tokens"] - total[f"{table}_rows"]
-    for what in ("tokens", "targets"):
-        total[what] = sum(total[f"{table}_{what}"] for table in TABLES)
+    for what in ("rows", "tokens", "targets"):
+        found = sum(total[f"{table}_{what}"] for table in plan.tables[1:])
+        total[f"{EVAL}_{what}"] = found
+        if what != "rows":
+            total[what] = total[f"{TRAIN}_{what}"] + found
     return total
 
 
 def _file(table: str, index: int) -> str:
-    return f"{table}-{index:05d}.arrow"
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', table)}-{index:05d}.arrow"
 
 
 def _note(index: int) -> str:

@@ -130,6 +130,8 @@ def describe(
     }
     if arguments.training.predict_with_generate:
         found["judges_responses"] = True
+    if data.eval_on_each_dataset:
+        found["evaluated_one_by_one"] = [dataset.name for dataset in evaluation]
     if data.val_size:
         found["seed"] = arguments.training.seed
     if stage == "pt":

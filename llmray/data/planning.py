@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 log = getLogger("llmray")
 
 LEAST_SHARD_BYTES, MOST_SHARD_BYTES = 4 << 20, 64 << 20  # of source text
+TRAIN, EVAL = "train", "eval"  # tables; sets that are evaluated one by one have eval_<set>
 NUM_SHARDS = 64  # wished for, within these bounds
 
 
@@ -80,6 +81,12 @@ class Plan:
         return "prompt" if self.judges_responses and table != "train" else self.stage
 
     @property
+    def tables(self) -> tuple[str, ...]:
+        """The names of all tables, that of the rows to train on first."""
+        evaluation = dict.fromkeys(s.table for s in self.shards if s.table != TRAIN)
+        return (TRAIN, *evaluation) if evaluation else (TRAIN, EVAL)
+
+    @property
     def staging(self) -> str:
         """Where finished shards lie until all are."""
         return staging_of(self.target)
@@ -108,7 +115,7 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
     if stage == "pt":
         _say_unread([*job.train, *job.evaluation])
     cut = _cut([*job.train, *job.evaluation], data.max_samples)
-    train = _group(cut[: len(job.train)], "train")
+    train = _group(cut[: len(job.train)], TRAIN)
     num_rows = sum(_num_rows(shard) for shard in train)
     return Plan(
         key=job.key,
@@ -121,7 +128,7 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
         ),
         shards=(
             *_hold_out(train, held_out_rows(num_rows, data.val_size, arguments.training.seed)),
-            *_group(cut[len(job.train) :], "eval"),
+            *_group_evaluation(job, cut[len(job.train) :], data.eval_on_each_dataset),
         ),
         block_len=data.cutoff_len if packing else None,
         batch_size=data.preprocessing_batch_size,
@@ -181,6 +188,19 @@ def _cut(sets: Sequence[DataSet], limit: int | None) -> list[list[tuple[Piece, R
             )
         cut.append(found)
     return cut
+
+
+def _group_evaluation(
+    job: Job, cut: Sequence[Sequence[tuple[Piece, RowFormat]]], one_by_one: bool
+) -> list[Shard]:
+    """Shards of the sets to evaluate on: of one table, or of a table each."""
+    if not one_by_one:
+        return _group(cut, EVAL)
+    return [
+        shard
+        for dataset, pieces in zip(job.evaluation, cut, strict=True)
+        for shard in _group([pieces], f"{EVAL}_{dataset.name}")
+    ]
 
 
 def _group(cut: Sequence[Sequence[tuple[Piece, RowFormat]]], table: str) -> list[Shard]:

@@ -151,9 +151,10 @@ def commit(plan: Plan, *, run_token: str | None = None) -> PreparedRef:
         "counts": counts,
         "inputs": plan.description,
     }
-    if not counts["train_rows"]:
+    trains = any(shard.table == planning.TRAIN for shard in plan.shards)
+    if not counts["train_rows" if trains else "eval_rows"]:
         raise DataError(
-            "No row is left to train on: of "
+            f"No row is left to {'train' if trains else 'evaluate'} on: of "
             f"{counts['read']} rows, {counts['without_target']} have no "
             "response within cutoff_len, and the rest is empty or set aside for evaluation. "
             "Take more data, raise cutoff_len, or lower val_size."
@@ -199,14 +200,16 @@ class _Inputs:
 
 def _inputs(arguments: RunArguments, model_dir: Path, root: Path) -> _Inputs:
     data = arguments.data
-    if not data.dataset:
+    # a run that only evaluates opens rows to train on where some of them are set aside
+    names = data.dataset if arguments.training.do_train or data.val_size else ()
+    if not names and not data.eval_dataset:
         raise DataError("No dataset is given. Name one or more of dataset_info.json in dataset.")
     if not isinstance(data.dataset_dir, str):
         raise DataError(
             "dataset_dir is a mapping, which is not built yet. Name the folder of a "
             f"{sources.INFO}."
         )
-    train = sources.open_sets(data.dataset, data.dataset_dir, hub_root=root / "hub")
+    train = sources.open_sets(names, data.dataset_dir, hub_root=root / "hub")
     evaluation = sources.open_sets(data.eval_dataset, data.dataset_dir, hub_root=root / "hub")
     digests = identity.Digests(root / "digests")
     description = identity.describe(arguments, model_dir, train, evaluation, digests)
@@ -254,9 +257,8 @@ def _build_shards(made: Plan, num_workers: int) -> None:
 
 
 def _report(counts: Mapping[str, Any], seconds: float) -> None:
-    parts = [f"{counts['train_rows']} rows to train on"]
-    if counts["eval_rows"]:
-        parts.append(f"{counts['eval_rows']} to evaluate on")
+    rows = {"train": counts["train_rows"], "evaluate": counts["eval_rows"]}
+    parts = [f"{number} rows to {verb} on" for verb, number in rows.items() if number]
     parts.append(f"{counts['tokens']} tokens, {counts['targets']} of them targets")
     parts.append(f"{counts['truncated']} rows cut to cutoff_len")
     if counts["empty"]:

@@ -54,8 +54,8 @@ class Placement:
         return self.resources.get("GPU", 0) > 0
 
 
-def place(arguments: ClusterArguments, inventory: Inventory) -> Placement:
-    """The placement of a run's workers.
+def place(arguments: ClusterArguments, inventory: Inventory, *, use_cpu: bool = False) -> Placement:
+    """The placement of a run's workers; with `use_cpu` on cores though there be GPUs.
 
     Raises:
         ClusterError: the cluster can never hold them; with what is needed, what is there, and what
@@ -67,13 +67,13 @@ def place(arguments: ClusterArguments, inventory: Inventory) -> Placement:
     if arguments.resources_per_worker is not None:
         resources = {key: float(value) for key, value in arguments.resources_per_worker.items()}
         _check_amounts(resources)
-    elif inventory.total("GPU") > 0 or (inventory.limits or {}).get("GPU", 0) > 0:
+    elif not use_cpu and _has_gpus(inventory):
         resources = {"GPU": 1.0}
     else:
         resources = {"CPU": _cpu_share(inventory, num_workers, strategy)}
+        why = "use_cpu=true" if use_cpu else "the cluster has no GPU"
         notes.append(
-            f"the cluster has no GPU: {_workers(num_workers)} with {_show(resources)} each "
-            "(resources_per_worker)"
+            f"{why}: {_workers(num_workers)} with {_show(resources)} each (resources_per_worker)"
         )
     problems = _problems(num_workers, resources, strategy, inventory)
     if problems:
@@ -90,6 +90,10 @@ def capacity(node: Node, resources: Mapping[str, float]) -> int:
     return min(
         int((node.resources.get(key, 0.0) + EPSILON) // amount) for key, amount in resources.items()
     )
+
+
+def _has_gpus(inventory: Inventory) -> bool:
+    return inventory.total("GPU") > 0 or (inventory.limits or {}).get("GPU", 0) > 0
 
 
 def _check_amounts(resources: Mapping[str, float]) -> None:

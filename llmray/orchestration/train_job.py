@@ -12,7 +12,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from logging import getLogger
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -183,11 +184,15 @@ class _Driver:
     signals: StopSignals
     core: Callable[..., Any] | None
     is_ours: bool  # the cluster was started by this process, whose environment it has
-    observer: Observer = field(default_factory=Console)
+
+    @cached_property
+    def observer(self) -> Observer:
+        """What shows the progress of rank 0 here."""
+        return Console.of(self.arguments.training)
 
     def train(self) -> int:
         arguments, inventory = self.arguments, cluster.inventory()
-        placement = place(arguments.cluster, inventory)
+        placement = place(arguments.cluster, inventory, use_cpu=arguments.training.use_cpu)
         for note in placement.notes:
             log.info("%s", note)
         nodes = [n for n in inventory.nodes if capacity(n, placement.resources)]
@@ -235,6 +240,8 @@ class _Driver:
 
     def _clear_run_dir(self) -> None:
         training = self.arguments.training
+        if not training.do_train:
+            return  # what an earlier training left there stays
         requested = training.resume_from_checkpoint
         checkpoint.clear_way(self.run_dir, requested, overwrite=bool(training.overwrite_output_dir))
         store.remove_file(store.join(self.run_dir, SNAPSHOT))

@@ -29,7 +29,8 @@ class Artefacts:
             self._temporary = tempfile.TemporaryDirectory(prefix="llmray-")
             self.directory = Path(self._temporary.name)
             if is_main:
-                store.fetch(run_dir, [LOG_NAME, IDENTITY_NAME], self.directory)
+                names = [LOG_NAME, IDENTITY_NAME, "all_results.json"]
+                store.fetch(run_dir, names, self.directory)
         else:
             self.directory = Path(run_dir)
         if is_main:
@@ -50,6 +51,11 @@ class Artefacts:
     def write_text(self, name: str, text: str) -> None:
         """Write `text` to the file `name`, whole or not at all."""
         store.write_atomic(self.directory / name, text)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The values in the file `name`, nothing where there is none."""
+        path = self.directory / name
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
 
     def publish(self) -> None:
         """Copy what was written to the run directory, where that is a URI."""

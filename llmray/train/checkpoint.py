@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -69,6 +70,7 @@ def save(
     write_files: Callable[[Path], None] | None,
     fingerprint: dict[str, Any],
     keep: int | None,
+    spare: int | None = None,
 ) -> str:
     """Commit `checkpoint-<step>` of the run directory; all ranks call it together.
 
@@ -81,6 +83,7 @@ def save(
         write_files: writes weights and tokenizer into a directory; called on rank 0.
         fingerprint: what `find` gives back: what run this is.
         keep: how many checkpoints remain, the newest; None keeps all.
+        spare: the step of one that remains however old it is; it counts, and the newest remains.
 
     Returns: the checkpoint's path.
 
@@ -96,7 +99,7 @@ def save(
     finally:
         part.discard()
     if world.is_main:
-        _rotate(run_dir, step, keep)
+        _rotate(run_dir, step, keep, spare)
     return target
 
 
@@ -131,17 +134,42 @@ def load(path: str, *, rank: int) -> dict[str, dict[str, Any]]:
 
     A rank that the checkpoint does not know gets the replicated parts alone.
     """
-    with tempfile.TemporaryDirectory(prefix="llmray-") as scratch:
-        directory = Path(path, STATE)
-        if store.is_uri(path):
-            directory = Path(scratch)
-            names = store.list_names(store.join(path, STATE))
-            wanted = [name for name in names if name.startswith(("replicated", _rank_name(rank)))]
-            store.fetch(store.join(path, STATE), wanted, directory)
+    with _fetched(path, ["replicated", _rank_name(rank)]) as directory:
         return {
             **read_state(directory, "replicated"),
             **read_state(directory, _rank_name(rank)),
         }
+
+
+def load_part(run_dir: str, step: int, *keys: str) -> dict[str, Any]:
+    """One dict of the replicated state of `checkpoint-<step>`, and no tensor beside it.
+
+    Raises:
+        CheckpointError: there is no intact checkpoint that holds it.
+    """
+    path = store.join(run_dir, f"checkpoint-{step}")
+    try:
+        store.verify(path)
+    except StoreError as error:
+        raise CheckpointError(
+            f"The best checkpoint cannot be read: {error} An intact one is required. Those that "
+            f"remain in {run_dir} hold weights to go on from."
+        ) from error
+    with _fetched(path, ["replicated"]) as directory:
+        return read_state(directory, "replicated", *keys)
+
+
+@contextmanager
+def _fetched(path: str, prefixes: list[str]) -> Iterator[Path]:
+    """The folder of a checkpoint's state, its files with these prefixes on this machine."""
+    if not store.is_uri(path):
+        yield Path(path, STATE)
+        return
+    with tempfile.TemporaryDirectory(prefix="llmray-") as scratch:
+        names = store.list_names(store.join(path, STATE))
+        wanted = [name for name in names if name.startswith(tuple(prefixes))]
+        store.fetch(store.join(path, STATE), wanted, Path(scratch))
+        yield Path(scratch)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -404,15 +432,19 @@ def _verify(path: str) -> None:
         ) from error
 
 
-def _rotate(run_dir: str, step: int, keep: int | None) -> None:
+def _rotate(run_dir: str, step: int, keep: int | None, spare: int | None) -> None:
     """Remove the oldest checkpoints up to `step`, which was just written, so that `keep` remain.
 
-    Later ones were passed over when this run began: they count for nothing, and stay.
+    That of step `spare` is among them, in place of the oldest, where there is room beside the
+    newest. Later ones were passed over when this run began: they count for nothing, and stay.
     """
     if keep is None or keep < 1:
         return
     ours = [path for path in _candidates(run_dir) if int(path.rpartition("-")[2]) <= step]
-    for path in [path for path in ours if store.is_committed(path)][keep:]:
+    committed = [path for path in ours if store.is_committed(path)]
+    spared = store.join(run_dir, f"checkpoint-{spare}")
+    rest = [path for path in committed if path != spared]
+    for path in rest[max(1, keep - (spared in committed)) :]:
         store.remove(path)
 
 

@@ -22,7 +22,7 @@ from llmray.train.generate import Response, Sampling, generate
 from llmray.train.losses import Objective
 from llmray.train.parallel import World
 from llmray.train.precision import Precision
-from llmray.train.schedules import Schedule
+from llmray.train.schedules import ByStep, Schedule
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Engine:
     Args:
         model: the token model, on its device.
         trainable: the parameters that train, by their names in `model`; in a fixed order.
-        optimizer: over exactly these parameters.
+        optimizer: over exactly these parameters; None where nothing trains.
         schedule: factor of the learning rate at a step; part of the engine's state.
         world: this rank among all.
         precision: the arithmetic.
@@ -64,7 +64,7 @@ class Engine:
         self,
         model: TokenModel,
         trainable: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         schedule: Schedule,
         *,
         world: World,
@@ -75,13 +75,19 @@ class Engine:
         self.world = world
         self.precision = precision
         self.step = 0
-        self._wrapped = world.wrap(model)
+        self._wrapped = world.wrap(model) if trainable else model
         self._trainable = dict(trainable)
-        self._optimizer = optimizer
+        self._optimizer = optimizer or torch.optim.SGD([torch.zeros(1)])
         self.schedule = schedule
-        self._base_rates = [group["lr"] for group in optimizer.param_groups]
+        self._base_rates = [group["lr"] for group in self._optimizer.param_groups]
         self._max_grad_norm = max_grad_norm
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=precision.scales_loss)
+
+    @classmethod
+    def for_evaluation(cls, model: TokenModel, *, world: World, precision: Precision) -> Engine:
+        """An engine of a model of which nothing trains."""
+        nothing = ByStep(lambda step: 0.0)
+        return cls(model, {}, None, nothing, world=world, precision=precision, max_grad_norm=0.0)
 
     def forward_backward(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
         """Add the gradients of the step's mean loss; every rank brings as many micro-batches.
@@ -169,10 +175,8 @@ class Engine:
         Raises:
             CheckpointError: if names or shapes of the trainable parameters differ.
         """
-        self._check_names(state["trainable"])
+        self.load_trainable(state["trainable"])
         self.step = state["step"]
-        for name, parameter in self._trainable.items():
-            parameter.copy_(state["trainable"][name])
         saved = state["optimizer"]
         names = {id(parameter): name for name, parameter in self._trainable.items()}
         ordered = [names[id(p)] for group in self._optimizer.param_groups for p in group["params"]]
@@ -185,6 +189,17 @@ class Engine:
         self._keep_formats(saved)
         self.schedule.load_state_dict(state["schedule"])
         self._scaler.load_state_dict(state["scaler"])
+
+    @torch.no_grad()
+    def load_trainable(self, weights: Mapping[str, Tensor]) -> None:
+        """Put back the weights that train, and nothing else.
+
+        Raises:
+            CheckpointError: if names or shapes differ.
+        """
+        self._check_names(weights)
+        for name, parameter in self._trainable.items():
+            parameter.copy_(weights[name])
 
     def _keep_formats(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
         """Undo torch's cast of loaded moments to their parameter's dtype, which loses bits."""

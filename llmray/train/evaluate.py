@@ -4,47 +4,95 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import astuple, dataclass
 
 from llmray.data.batches import Batches
 from llmray.train.engine import Engine
 from llmray.train.losses import Objective
-from llmray.train.supervised import Rows
+from llmray.train.reading import Ahead, Reader, Rows
+
+ALONE = Ahead()
 
 
 def evaluate(
-    engine: Engine, tables: Mapping[str, Rows], objective: Objective, per_device: int
+    engine: Engine,
+    tables: Mapping[str, Rows],
+    objective: Objective,
+    per_device: int,
+    *,
+    whole: str = "eval",
+    accuracy: bool = False,
+    ahead: Ahead = ALONE,
 ) -> dict[str, float]:
-    """Loss, rows and rows per second for each table; a collective call.
+    """Loss, rows and rows per second for each table; a collective call, alike on all ranks.
+
+    Where sets are evaluated one by one, `eval_loss` is the mean over the units of all of them.
 
     Args:
         tables: name of an evaluation set, which becomes the metrics' prefix, to its rows.
         per_device: rows of one forward pass of one rank.
+        whole: prefix of the metrics of all tables together, where none of them has it.
+        accuracy: also the share of targets that were the likeliest token.
+        ahead: how reading runs ahead.
     """
     metrics: dict[str, float] = {}
+    together = _Sums()
     for name, rows in tables.items():
         started = time.perf_counter()
-        loss, count = _sums(engine, rows, objective, per_device)
+        sums = _sums(engine, rows, objective, per_device, accuracy, ahead)
         seconds = time.perf_counter() - started
-        num_rows = len(rows.table)
+        metrics |= sums.metrics(name)
         metrics |= {
-            f"{name}_loss": loss / max(1.0, count),
             f"{name}_runtime": round(seconds, 4),
-            f"{name}_samples_per_second": round(num_rows / seconds, 3),
+            f"{name}_samples_per_second": round(len(rows.table) / seconds, 3),
         }
-    return metrics
+        together = together + sums
+    if whole not in tables:
+        metrics |= together.metrics(whole)
+    # times differ from rank to rank, and what follows from metrics must not
+    return engine.world.broadcast(metrics)
 
 
-def _sums(engine: Engine, rows: Rows, objective: Objective, per_device: int) -> tuple[float, float]:
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over rows of all ranks; `right` and `targets` stay 0 where no accuracy is asked for."""
+
+    loss: float = 0.0
+    count: float = 0.0
+    right: float = 0.0
+    targets: float = 0.0
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        found = {f"{prefix}_loss": self.loss / max(1.0, self.count)}
+        if self.targets:
+            found[f"{prefix}_accuracy"] = self.right / self.targets
+        return found
+
+
+def _sums(
+    engine: Engine,
+    rows: Rows,
+    objective: Objective,
+    per_device: int,
+    accuracy: bool,
+    ahead: Ahead,
+) -> _Sums:
     world = engine.world
     batches = Batches(
-        rows.table.lengths, per_device, 1, world.world_size, world.rank, seed=0, shuffle=False
+        rows.table.lengths, per_device, 1, world.world_size, world.rank, seed=0, order="sequential"
     )
-    loss = count = 0.0
+    reader = Reader(rows, batches, ahead, batches.steps_per_epoch)
+    mine = _Sums()
     for step in range(batches.steps_per_epoch):
-        for indices in batches.step(0, step):
-            batch = rows.batch(indices).to(world.device)
-            output = engine.logprobs(batch)
-            loss += objective(output, batch).loss.item()
-            count += objective.count(batch)
-    total_loss, total_count = world.sum([loss, count])
-    return total_loss, total_count
+        for read in reader.step(step):
+            batch = read.to(world.device)
+            output = engine.logprobs(batch, top1=accuracy)
+            loss = objective(output, batch).loss.item()
+            right = 0.0 if output.is_top1 is None else output.is_top1.sum().item()
+            targets = batch.targets.numel() if accuracy else 0
+            mine = mine + _Sums(loss, objective.count(batch), right, targets)
+    reader.close()
+    return _Sums(*world.sum(astuple(mine)))

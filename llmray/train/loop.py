@@ -19,6 +19,8 @@ from llmray.arguments.training import TrainingArguments
 from llmray.errors import TrainingError
 from llmray.train.observers import Observer, Record
 from llmray.train.parallel import World
+from llmray.train.reading import Work
+from llmray.train.stopping import Judge
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class StepResult:
     learning_rate: float
     num_tokens: int  # real tokens of this rank
     metrics: dict[str, Tensor]  # as `loss`
+    work: Work = field(default_factory=Work)  # of this rank
+    num_positions: int = 0  # tokens of this rank, padding counted
+    data_seconds: float = 0.0  # waited for the rows
 
 
 @dataclass(frozen=True)
@@ -38,18 +43,25 @@ class Cadence:
 
     total_steps: int
     steps_per_epoch: int
-    logging_steps: int
+    logging_steps: int | None
     logs_first_step: bool = False
     save_steps: int | None = None
+    saves_best: bool = False
     eval_steps: int | None = None
+    eval_delay: int = 0
+    evaluates_first: bool = False
 
     def is_due(self, interval: int | None, step: int) -> bool:
         """Whether something with `interval` happens after update number `step` (from 1)."""
         return interval is not None and (step % interval == 0 or step == self.total_steps)
 
     def logs(self, step: int) -> bool:
-        """Whether update number `step` is logged; the last one always is."""
+        """Whether update number `step` is logged; the last one is where any are."""
         return self.is_due(self.logging_steps, step) or (self.logs_first_step and step == 1)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether there is an evaluation after update number `step`."""
+        return step >= self.eval_delay and self.is_due(self.eval_steps, step)
 
 
 def cadence(arguments: TrainingArguments, steps_per_epoch: int) -> Cadence:
@@ -62,21 +74,24 @@ def cadence(arguments: TrainingArguments, steps_per_epoch: int) -> Cadence:
         total = math.ceil(arguments.num_train_epochs * steps_per_epoch)
 
     def interval(strategy: str, steps: float | None) -> int | None:
-        if strategy == "no":
+        if strategy in ("no", "best"):
             return None
         if strategy == "epoch":
             return steps_per_epoch
         value = arguments.logging_steps if steps is None else steps
         return max(1, math.ceil(value * total) if value < 1 else int(value))
 
-    logging = interval(arguments.logging_strategy, arguments.logging_steps)
+    delay = arguments.eval_delay * (steps_per_epoch if arguments.eval_strategy == "epoch" else 1)
     return Cadence(
         total_steps=total,
         steps_per_epoch=steps_per_epoch,
-        logging_steps=logging or total,
+        logging_steps=interval(arguments.logging_strategy, arguments.logging_steps),
         logs_first_step=arguments.logging_first_step,
         save_steps=interval(arguments.save_strategy, arguments.save_steps),
+        saves_best=arguments.save_strategy == "best",
         eval_steps=interval(arguments.eval_strategy, arguments.eval_steps),
+        eval_delay=math.ceil(delay),
+        evaluates_first=arguments.eval_on_start,
     )
 
 
@@ -89,8 +104,14 @@ class Progress:
     """
 
     step: int = 0
-    num_tokens: int = 0  # of all ranks
+    num_tokens: int = 0  # of all ranks, as the next three
+    num_positions: int = 0
+    num_targets: int = 0
+    num_squares: int = 0
     seconds: float = 0.0  # in updates, evaluations and saves excluded
+    data_seconds: float = 0.0  # of these, waiting for rows
+    evaluation_seconds: float = 0.0
+    saving_seconds: float = 0.0
     total_loss: float = 0.0
     loss_sum: float = 0.0
     loss_steps: int = 0
@@ -116,49 +137,71 @@ class Loop:
     evaluate: Callable[[], dict[str, float]] | None
     save: Callable[[int], str]  # a collective; returns where
     stop: Callable[[], str | None]
+    judge: Judge = field(default_factory=Judge)
     observers: Sequence[Observer] = ()
     report: Callable[[dict[str, float], str | None], None] | None = None
+    figures: Callable[[Progress], dict[str, float]] | None = None  # further ones of a log line
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: why it stopped early, if it did, and its figures."""
+    """How a run ended.
+
+    `stopped` is why it was interrupted, `finished` why it had nothing more to do before its last
+    step; both None at the last step. `metrics` are those of an evaluation there.
+    """
 
     stopped: str | None
     metrics: dict[str, float]
+    finished: str | None = None
 
 
 def fit(loop: Loop) -> Outcome:
     """Run updates until the last step or until a stop is asked for; all ranks together.
 
     Raises:
-        TrainingError: if the loss or the gradient is not finite when it is logged.
+        TrainingError: if the loss is not finite.
     """
     window = _Window(loop)
     stopped: str | None = None
     metrics: dict[str, float] = {}
     cadence, progress = loop.cadence, loop.progress
-    while progress.step < cadence.total_steps:
+    if cadence.evaluates_first and progress.step == 0 and loop.evaluate is not None:
+        _emit(loop, _evaluated(loop, window))
+    while progress.step < cadence.total_steps and not (stopped or loop.judge.reason()):
         window.add(loop.do_step(progress.step))
         step = progress.step
         stopped = _agreed_stop(loop)
-        record: Record = {}
-        if cadence.logs(step):
-            record |= window.flush()
-        evaluates = loop.evaluate is not None and cadence.is_due(cadence.eval_steps, step)
-        if evaluates and loop.evaluate is not None:
-            window.settle()
-            metrics = loop.evaluate()
-            record |= metrics
-        if record:
-            _emit(loop, record)
-        path = _save(loop, window) if stopped or cadence.is_due(cadence.save_steps, step) else None
-        if loop.report is not None and (path is not None or evaluates):
-            loop.report({"step": step, **record}, path)
-        if stopped:
-            break
-        window.resume_clock()
-    return Outcome(stopped if progress.step < cadence.total_steps else None, metrics)
+        record: Record = window.flush() if cadence.logs(step) else {}
+        metrics = _evaluated(loop, window) if cadence.evaluates(step) else {}
+        is_best = bool(metrics) and loop.judge.see(step, metrics)
+        if record or metrics:
+            _emit(loop, record | metrics)
+        saves = stopped or (is_best and cadence.saves_best) or _saves(loop, step)
+        path = _save(loop, window, metrics) if saves else None
+        if loop.report is not None and (path is not None or metrics):
+            loop.report({"step": step, **record, **metrics}, path)
+        window.skip()
+    if progress.step == cadence.total_steps:
+        return Outcome(None, metrics)
+    return Outcome(stopped, metrics, None if stopped else loop.judge.reason())
+
+
+def _evaluated(loop: Loop, window: _Window) -> dict[str, float]:
+    """The metrics of an evaluation now; none where there are no rows for it."""
+    if loop.evaluate is None:
+        return {}
+    window.settle()
+    metrics = loop.evaluate()
+    loop.progress.evaluation_seconds += window.lap()
+    return metrics
+
+
+def _saves(loop: Loop, step: int) -> bool:
+    """Whether a checkpoint is due: by its interval, and where the run ends early."""
+    interval = loop.cadence.save_steps
+    ends = interval is not None and loop.judge.reason() is not None
+    return ends or loop.cadence.is_due(interval, step)
 
 
 class _Window:
@@ -176,10 +219,15 @@ class _Window:
         self.results.append(result)
         self.loop.progress.step += 1
 
-    def resume_clock(self) -> None:
-        """Leave out the time since the last update was added to the sums."""
+    def lap(self) -> float:
+        """Seconds since the last update was added to the sums; they count no further."""
+        before, self.clock = self.clock, time.perf_counter()
+        return self.clock - before
+
+    def skip(self) -> None:
+        """Count nothing of the time since the last update was added to the sums."""
         if not self.results:
-            self.clock = time.perf_counter()
+            self.lap()
 
     def settle(self) -> None:
         """Add this window's updates, of all ranks, to the progress; a collective call."""
@@ -189,16 +237,20 @@ class _Window:
         names = list(results[0].metrics)
         local = [float(sum(result.loss.item() for result in results))]
         local += [float(sum(r.metrics[name].item() for r in results)) for name in names]
-        local.append(float(sum(result.num_tokens for result in results)))
-        loss, *metrics, tokens = self.loop.world.sum(local)
-        now = time.perf_counter()
-        progress.seconds += now - self.clock
+        counts = [(r.num_tokens, r.num_positions, r.work.targets, r.work.squares) for r in results]
+        local += [float(sum(column)) for column in zip(*counts, strict=True)]
+        loss, *metrics, tokens, positions, targets, squares = self.loop.world.sum(local)
+        self._check_finite(loss)
+        progress.seconds += self.lap()
+        progress.data_seconds += sum(result.data_seconds for result in results)
         progress.num_tokens += int(tokens)
+        progress.num_positions += int(positions)
+        progress.num_targets += int(targets)
+        progress.num_squares += int(squares)
         progress.loss_sum += loss
         progress.loss_steps += len(results)
         for name, value in zip(names, metrics, strict=True):
             progress.metric_sums[name] = progress.metric_sums.get(name, 0.0) + value
-        self.clock = now
         self.last = results[-1]
         self.results = []
 
@@ -217,19 +269,20 @@ class _Window:
             "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
         }
         record |= {name: value / steps for name, value in progress.metric_sums.items()}
-        self._check_finite(record)
+        if self.loop.figures is not None:
+            record |= self.loop.figures(progress)
         progress.total_loss += progress.loss_sum
         progress.loss_sum, progress.loss_steps = 0.0, 0
         progress.metric_sums = {}
         self.tokens_before, self.seconds_before = progress.num_tokens, progress.seconds
         return record
 
-    def _check_finite(self, record: Record) -> None:
-        if math.isfinite(record["loss"]):
+    def _check_finite(self, loss: float) -> None:
+        if math.isfinite(loss):
             return
         raise TrainingError(
-            f"loss={record['loss']} at step {self.loop.progress.step}: training has diverged. "
-            "Finite numbers are required. Lower learning_rate, set max_grad_norm: 1.0, or train in "
+            f"loss={loss} at step {self.loop.progress.step}: training has diverged. Finite "
+            "numbers are required. Lower learning_rate, set max_grad_norm: 1.0, or train in "
             "bf16 or fp32 instead of fp16; the last checkpoint is untouched."
         )
 
@@ -242,9 +295,12 @@ def _agreed_stop(loop: Loop) -> str | None:
     return loop.world.broadcast(reason)
 
 
-def _save(loop: Loop, window: _Window) -> str:
+def _save(loop: Loop, window: _Window, metrics: dict[str, float]) -> str:
     window.settle()
+    if metrics:
+        loop.judge.saved(loop.progress.step, metrics)
     path = loop.save(loop.progress.step)
+    loop.progress.saving_seconds += window.lap()
     for observer in loop.observers:
         observer.on_save(loop.progress.step, path)
     return path

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmray import store
+from llmray.arguments.training import TrainingArguments
 from llmray.train.sketch import sketch
 
 Record = dict[str, Any]
@@ -39,7 +40,7 @@ class JsonLines(Observer):
 
     def on_start(self, step: int, total_steps: int) -> None:
         """Keep the lines up to `step`; those of steps that will be repeated go."""
-        kept = [record for record in read_log(self.path) if record["current_steps"] <= step]
+        kept = [r for r in read_log(self.path) if step and r["current_steps"] <= step]
         store.write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def on_log(self, record: Record) -> None:
@@ -65,12 +66,23 @@ def records_of(text: str) -> list[Record]:
 
 
 class Console(Observer):
-    """One progress line for the run: a bar on a terminal, plain lines elsewhere."""
+    """One progress line for the run: a bar on a terminal, plain lines elsewhere.
 
-    def __init__(self, stream: IO[str] | None = None) -> None:
+    Args:
+        stream: standard error where none is given.
+        draws_bar: what to do whatever the stream is; None: as it is a terminal or not.
+    """
+
+    def __init__(self, stream: IO[str] | None = None, *, draws_bar: bool | None = None) -> None:
         self.stream = stream or sys.stderr
-        self.is_terminal = self.stream.isatty()
+        self.draws_bar = self.stream.isatty() if draws_bar is None else draws_bar
         self._losses: dict[int, float] = {}
+
+    @classmethod
+    def of(cls, arguments: TrainingArguments) -> Console:
+        """The console that disable_tqdm asks for."""
+        disabled = arguments.disable_tqdm
+        return cls(draws_bar=None if disabled is None else not disabled)
 
     def on_start(self, step: int, total_steps: int) -> None:
         """Forget the losses of steps that will be repeated."""
@@ -81,7 +93,7 @@ class Console(Observer):
         if "loss" in record:
             self._losses[record["current_steps"]] = record["loss"]
         text = describe(record)
-        if self.is_terminal:
+        if self.draws_bar:
             share = record["current_steps"] / record["total_steps"]
             bar = "#" * round(20 * share)
             self.stream.write(f"\r\x1b[K[{bar:20}] {text}")
@@ -91,7 +103,7 @@ class Console(Observer):
 
     def on_end(self, metrics: Record) -> None:
         """Leave the bar's line, and draw the loss of this process's part of the run."""
-        if self.is_terminal:
+        if self.draws_bar:
             self.stream.write("\n")
         drawn = sketch(sorted(self._losses.items()), "loss")
         if drawn:

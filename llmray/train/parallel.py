@@ -40,15 +40,16 @@ class World:
         return cls(0, 1, 0, device or default_device(0))
 
     @classmethod
-    def from_environment(cls, timeout_s: float = 1800.0) -> World:
+    def from_environment(cls, timeout_s: float = 1800.0, *, use_cpu: bool = False) -> World:
         """The world that torchrun or Ray Train describes; starts the process group if needed.
 
         Args:
             timeout_s: how long a collective call may take, in seconds.
+            use_cpu: leave GPUs alone.
         """
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        device = default_device(local_rank)
+        device = torch.device("cpu") if use_cpu else default_device(local_rank)
         if world_size == 1:
             return cls.single(device)
         if not dist.is_initialized():

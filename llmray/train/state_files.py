@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,27 @@ def write_state(directory: Path, name: str, state: Mapping[str, Any]) -> list[st
     return [f"{directory.name}/{file}" for file in files]
 
 
-def read_state(directory: Path, name: str) -> dict[str, Any]:
-    """The state that `write_state` wrote under `name`; empty where there is none."""
-    path = directory / f"{name}.json"
-    if not path.is_file():
+def read_state(directory: Path, name: str, *path: str) -> dict[str, Any]:
+    """The state that `write_state` wrote under `name`; empty where there is none.
+
+    Args:
+        directory: where it lies.
+        name: of the state.
+        path: keys that lead to a dict within it; then that is read, and no tensor beside it.
+    """
+    body_file = directory / f"{name}.json"
+    if not body_file.is_file():
         return {}
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(directory.glob(f"{name}-*.safetensors")):
-        with safe_open(file, framework="pt") as opened:
-            # cloned: what is read is mapped from the file, which rotation may remove
-            tensors |= {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
-    state: dict[str, Any] = _decode(json.loads(path.read_text()), tensors)
+    body = json.loads(body_file.read_text())
+    for key in path:
+        body = body[key]
+    with ExitStack() as stack:
+        opened = [
+            stack.enter_context(safe_open(file, framework="pt"))
+            for file in sorted(directory.glob(f"{name}-*.safetensors"))
+        ]
+        where = {key: file for file in opened for key in file.keys()}  # noqa: SIM118
+        state: dict[str, Any] = _decode(body, where)
     return state
 
 
@@ -71,13 +82,14 @@ def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
     raise TypeError(f"{where} is a {type(value).__name__}; a state holds tensors and JSON values")
 
 
-def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _decode(value: Any, tensors: Mapping[str, Any]) -> Any:
     if isinstance(value, list):
         return [_decode(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
     if TENSOR in value:
-        return tensors[value[TENSOR]]
+        # cloned: what is read is mapped from the file, which rotation may remove
+        return tensors[value[TENSOR]].get_tensor(value[TENSOR]).clone()
     if ITEMS in value:
         return {key: _decode(item, tensors) for key, item in value[ITEMS]}
     if TUPLE in value:

@@ -12,7 +12,10 @@ CASES = {
         ({"do_train": True}, {"dataset": "a"}, "dataset"),
         ({"do_train": True}, {"do_train": False}, "do_train"),
     ],
-    "training_needs_output": [({"do_train": True}, {"output_dir": "o"}, "output_dir")],
+    "runs_need_output": [
+        ({key: True}, {"output_dir": "o"}, "output_dir")
+        for key in ("do_train", "do_eval", "do_predict")
+    ],
     "evaluation_needs_rows": [
         ({"do_eval": True}, {"val_size": 0.1}, "val_size"),
         ({"do_predict": True}, {"eval_dataset": "e"}, "eval_dataset"),
@@ -179,8 +182,57 @@ CASES = {
             "load_best_model_at_end": True,
             "early_stopping_steps": 3,
             "save_strategy": "best",
+            "metric_for_best_model": "loss",
             "lr_scheduler_type": "reduce_lr_on_plateau",
         }.items()
+    ],
+    "best_metric_is_logged": [
+        (
+            {"metric_for_best_model": "accuracy"},
+            {"compute_accuracy": True},
+            "metric_for_best_model=accuracy is never logged: evaluations of this run log eval_loss",
+        ),
+        (
+            {"metric_for_best_model": "eval_b_loss", "eval_dataset": ("a", "b")},
+            {"eval_on_each_dataset": True},
+            "eval_b_loss is never logged",
+        ),
+        ({"metric_for_best_model": "los"}, {"metric_for_best_model": "loss"}, "Write eval_loss."),
+    ],
+    "one_order": [
+        (
+            {"disable_shuffling": True, "train_sampling_strategy": "group_by_length"},
+            {"disable_shuffling": False},
+            "train_sampling_strategy=group_by_length",
+        )
+    ],
+    "threads_read_ahead": [
+        (
+            {"dataloader_prefetch_factor": 4},
+            {"dataloader_num_workers": 1},
+            "dataloader_prefetch_factor=4 with dataloader_num_workers=0",
+        )
+    ],
+    "the_cpu_is_no_gpu": [
+        (
+            {"use_cpu": True, "resources_per_worker": {"GPU": 1}},
+            {"resources_per_worker": {"CPU": 2}},
+            "use_cpu=true with resources_per_worker",
+        )
+    ],
+    "delta_has_patience": [
+        (
+            {"early_stopping_threshold": 0.1},
+            {"early_stopping_steps": 2},
+            "early_stopping_threshold=0.1 without early_stopping_steps",
+        )
+    ],
+    "sets_are_named": [
+        (
+            {"eval_on_each_dataset": True, "val_size": 0.1},
+            {"eval_dataset": ("a",)},
+            "no eval_dataset is given",
+        )
     ],
     "best_is_saved": [
         (

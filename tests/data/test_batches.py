@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmray.data.batches import Batches, deal
-from llmray.errors import CheckpointError
+from llmray.data.batches import Batches, Order, by_length, deal
+from llmray.errors import CheckpointError, DataError
 
 SPLITS = [  # per_device, accumulation, world_size: all with 12 rows a step
     (12, 1, 1),
@@ -24,9 +24,10 @@ def batches(
     *,
     lengths: np.ndarray = LENGTHS,
     seed: int = 42,
-    shuffle: bool = True,
+    order: Order = "random",
+    drop_last: bool = False,
 ) -> Batches:
-    return Batches(lengths, per_device, accumulation, world_size, rank, seed, shuffle)
+    return Batches(lengths, per_device, accumulation, world_size, rank, seed, order, drop_last)
 
 
 def all_ranks(split: tuple[int, int, int], epoch: int, k: int) -> list[list[np.ndarray]]:
@@ -73,7 +74,7 @@ def test_one_micro_batch_keeps_the_order_of_the_permutation() -> None:
 
 def test_without_shuffling_the_order_is_that_of_the_table() -> None:
     for epoch in (0, 1):
-        [rows] = batches(12, 1, 1, shuffle=False).step(epoch, 8)
+        [rows] = batches(12, 1, 1, order="sequential").step(epoch, 8)
         assert rows.tolist() == [96, 97, 98, 99]
 
 
@@ -114,6 +115,8 @@ def test_position_and_its_return() -> None:
         "seed": 42,
         "global_batch": 12,
         "num_rows": 100,
+        "steps_per_epoch": 9,
+        "order": "random",
     }
     plan.step(1, 4)
     assert (plan.state_dict()["epoch"], plan.state_dict()["step"]) == (1, 5)
@@ -141,3 +144,65 @@ def test_a_position_in_another_order_is_refused(changed: dict, words: str) -> No
 def test_a_step_beyond_the_epoch_is_a_defect() -> None:
     with pytest.raises(IndexError):
         batches().step(0, 9)
+
+
+def test_grouping_by_length_is_that_of_transformers() -> None:
+    """With the permutation that transformers draws first, its sampler gives the same order."""
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    generator = torch.Generator().manual_seed(7)
+    order = torch.randperm(len(LENGTHS), generator=generator).numpy()
+    generator = torch.Generator().manual_seed(7)
+    theirs = get_length_grouped_indices(LENGTHS.tolist(), 6, generator=generator)
+    assert by_length(order, LENGTHS, 6).tolist() == theirs
+
+
+def test_steps_of_grouped_rows_are_alike_and_hold_each_row_once() -> None:
+    grouped, random = batches(order="group_by_length"), batches()
+    for epoch in (0, 1):
+        rows = [np.concatenate(all_ranks_of(grouped, epoch, k)) for k in range(9)]
+        assert sorted(np.concatenate(rows).tolist()) == list(range(100))
+        spread = np.mean([np.ptp(LENGTHS[step]) for step in rows])
+        other = [np.concatenate(all_ranks_of(random, epoch, k)) for k in range(9)]
+        assert spread < 0.7 * np.mean([np.ptp(LENGTHS[step]) for step in other])
+
+
+def all_ranks_of(plan: Batches, epoch: int, k: int) -> list[np.ndarray]:
+    return [plan._rows(epoch, k)]
+
+
+def test_the_last_step_is_left_out_where_it_is_not_full() -> None:
+    plan = batches(drop_last=True)
+    assert plan.steps_per_epoch == 8
+    plan.step(0, 7)
+    assert plan.state_dict()["epoch"] == 1
+    with pytest.raises(IndexError):
+        plan.step(0, 8)
+
+
+def test_a_run_without_a_full_step_is_refused() -> None:
+    with pytest.raises(DataError, match=r"dataloader_drop_last=true leaves no step.*11 rows.*12"):
+        batches(lengths=LENGTHS[:11], drop_last=True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"order": "group_by_length"}, "train_sampling_strategy"),
+        ({"drop_last": True}, "dataloader_drop_last"),
+    ],
+)
+def test_another_order_or_epoch_is_refused_at_a_resume(keys: dict, words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        batches(**keys).load_state_dict(batches().state_dict())
+
+
+def test_looking_ahead_leaves_the_position_where_it_is() -> None:
+    plan = batches()
+    plan.step(0, 2)
+    before = plan.state_dict()
+    ahead = plan.micro_batches(1, 5)
+    assert plan.state_dict() == before
+    plan.pass_by(0, 3)
+    assert plan.state_dict()["step"] == 4
+    assert all(np.array_equal(a, b) for a, b in zip(ahead, plan.step(1, 5), strict=True))

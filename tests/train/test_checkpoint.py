@@ -31,7 +31,7 @@ def local(path):
     return Path(path.removeprefix("file://"))
 
 
-def save(run_dir, step, *, keep=None, identity=IDENTITY, state=None, files=None):
+def save(run_dir, step, *, keep=None, spare=None, identity=IDENTITY, state=None, files=None):
     return checkpoint.save(
         run_dir,
         step,
@@ -43,6 +43,7 @@ def save(run_dir, step, *, keep=None, identity=IDENTITY, state=None, files=None)
         write_files=files or (lambda path: (path / "adapter_config.json").write_text("{}")),
         fingerprint={"identity": identity, "arguments": {"learning_rate": 1e-4}},
         keep=keep,
+        spare=spare,
     )
 
 
@@ -182,6 +183,32 @@ def test_rotation_keeps_the_newest(run_dir):
     for step in (2, 4, 6, 8):
         save(run_dir, step, keep=2)
     assert names(run_dir) == ["checkpoint-6", "checkpoint-8"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [(1, [10, 50]), (2, [10, 50]), (3, [10, 40, 50]), (None, [10, 20, 30, 40, 50])],
+)
+def test_rotation_spares_the_best(run_dir, keep, left):
+    """The best counts among those that are kept, and the newest stays beside it."""
+    for step in (10, 20, 30, 40, 50):
+        save(run_dir, step, keep=keep, spare=10)
+    assert names(run_dir) == [f"checkpoint-{step}" for step in left]
+
+
+def test_a_part_of_the_state_is_read_alone(run_dir, monkeypatch):
+    weights = {"a.b": torch.arange(3.0), "c": torch.ones(2, dtype=torch.bfloat16)}
+    state = {"engine": {"trainable": weights, "optimizer": {"a.b": {"m": torch.zeros(9)}}}}
+    save(run_dir, 10, state=state)
+    back = checkpoint.load_part(run_dir, 10, "engine", "trainable")
+    assert {name: value.tolist() for name, value in back.items()} == {
+        "a.b": [0.0, 1.0, 2.0],
+        "c": [1.0, 1.0],
+    }
+    assert back["c"].dtype == torch.bfloat16
+    damage(f"{run_dir}/checkpoint-10")
+    with pytest.raises(CheckpointError, match=r"The best checkpoint cannot be read.*checkpoint-10"):
+        checkpoint.load_part(run_dir, 10, "engine", "trainable")
 
 
 def test_rotation_keeps_what_was_just_written_where_a_later_one_is_damaged(run_dir):

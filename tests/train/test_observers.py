@@ -3,6 +3,9 @@
 import io
 import json
 
+import pytest
+
+from llmray.arguments.training import TrainingArguments
 from llmray.train.observers import Console, JsonLines, read_log
 
 
@@ -68,3 +71,12 @@ def test_console_draws_nothing_of_a_single_step():
     stream.truncate(0)
     console.on_end({})
     assert stream.getvalue().strip("\0") == ""
+
+
+@pytest.mark.parametrize(("disabled", "draws"), [(None, False), (True, False), (False, True)])
+def test_disable_tqdm_chooses_the_line(disabled, draws, monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    console = Console.of(TrainingArguments(disable_tqdm=disabled))
+    console.on_log(record(2))
+    assert ("[####" in stream.getvalue()) == draws

@@ -1,0 +1,297 @@
+"""The parts of a run put together: data, model, engine, plan of steps, and what judges it.
+
+What is done with them is for `run`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmray import hub
+from llmray.arguments.best import best_metric, compares_evaluations
+from llmray.arguments.run import RunArguments
+from llmray.data import prepared
+from llmray.data.batches import Batches
+from llmray.data.tokenizer import load_tokenizer
+from llmray.model import export, load, memory, tuning
+from llmray.model.attention import why_not_flat
+from llmray.model.head import TokenModel
+from llmray.train import optimizers, precision, schedules
+from llmray.train.engine import Engine
+from llmray.train.generate import Sampling
+from llmray.train.loop import Cadence, Progress, cadence
+from llmray.train.losses import Objective
+from llmray.train.observers import Observer
+from llmray.train.parallel import World
+from llmray.train.predict import Predictor
+from llmray.train.random_state import RandomState, seed_everything
+from llmray.train.reading import Ahead, Reader, Rows
+from llmray.train.stages import STAGES
+from llmray.train.stopping import Best, EarlyStopping, Judge
+
+log = getLogger("llmray")
+
+
+@dataclass
+class Context:
+    """What a run is given from outside.
+
+    `stop` is asked by rank 0 at step borders and gives a reason to stop, or None. `report` is
+    called by all ranks at saves and evaluations with metrics and the checkpoint's path.
+    """
+
+    world: World
+    run_dir: str  # checkpoints, logs and final artefacts; a local path or a URI
+    prepared: prepared.PreparedRef
+    model_dir: Path
+    stop: Callable[[], str | None]
+    observers: tuple[Observer, ...] = ()
+    report: Callable[[dict[str, float], str | None], None] | None = None
+    attempt: int = 1  # above 1: workers were lost, and this goes on from their last checkpoint
+
+
+@dataclass
+class Core:
+    """What evaluating needs, with training or without it.
+
+    `arguments` hold every choice that was left open as it was made.
+    """
+
+    arguments: RunArguments
+    context: Context
+    engine: Engine
+    tokenizer: Any
+    evals: dict[str, Rows]
+    objective: Objective
+
+    @property
+    def ahead(self) -> Ahead:
+        """How reading runs ahead, by the keys of the data loader."""
+        return reading_ahead(self.arguments, self.context.world.device)
+
+    def predictor(self, stop: Callable[[], str | None]) -> Predictor:
+        """What generates responses to the evaluation rows."""
+        arguments = self.arguments
+        return Predictor(
+            self.engine,
+            self.tokenizer,
+            Sampling.for_evaluation(arguments, self.engine.model.model, self.tokenizer),
+            per_device=arguments.training.per_device_eval_batch_size,
+            seed=arguments.training.seed,
+            skips_special=arguments.generating.skip_special_tokens,
+            stop=stop,
+        )
+
+    def rows(self, samples: prepared.SampleTable) -> Rows:
+        """Rows of a table in the layout that the model takes."""
+        return Rows(samples, flat=self.engine.model.flat, pad_id=self.tokenizer.pad_token_id)
+
+
+@dataclass
+class Training:
+    """What training needs beside the core, and what a checkpoint of it holds."""
+
+    core: Core
+    train: Reader
+    cadence: Cadence
+    progress: Progress
+    judge: Judge
+    random: RandomState
+
+    def write_files(self, directory: Path) -> None:
+        """Write what users take from a run: weights, tokenizer, the run file."""
+        core = self.core
+        whole = core.arguments.finetuning.finetuning_type != "lora"
+        dtype = core.engine.precision.load_dtype if whole else None
+        export.write_weights(core.engine.model.model, directory, core.tokenizer, dtype=dtype)
+        core.arguments.save(directory / "run_arguments.yaml")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resume compares: `identity` must be equal, `arguments` are only reported."""
+        context, arguments = self.core.context, self.core.arguments
+        identity = {
+            "model": hub.identity(context.model_dir),
+            "data": context.prepared.key,
+            "stage": arguments.finetuning.stage,
+            "finetuning_type": arguments.finetuning.finetuning_type,
+        }
+        return {"identity": identity, "arguments": arguments.flat()}
+
+
+def assemble(arguments: RunArguments, context: Context) -> Training:
+    """The parts of a run that trains; its weights are equal on all ranks."""
+    world, finetuning, options = context.world, arguments.finetuning, arguments.training
+    seed_everything(options.seed)
+    numbers = precision.choose(arguments, world.device)
+    table = prepared.open(context.prepared)
+    batches = Batches(
+        table.train.lengths,
+        options.per_device_train_batch_size,
+        options.gradient_accumulation_steps,
+        world.world_size,
+        world.rank,
+        seed=options.data_seed if options.data_seed is not None else options.seed,
+        order="sequential" if finetuning.disable_shuffling else options.train_sampling_strategy,
+        drop_last=options.dataloader_drop_last,
+    )
+    pace = cadence(options, batches.steps_per_epoch)
+    recomputes = _needs_checkpointing(arguments, context, table.train.lengths)
+    resolved = _resolved(arguments, numbers, recomputes=recomputes)
+    model = _token_model(resolved, context, numbers)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    engine = Engine(
+        model,
+        trainable,
+        optimizers.build(model, trainable, arguments.optimizer),
+        schedules.schedule(arguments.optimizer, pace.total_steps),
+        world=world,
+        precision=numbers,
+        max_grad_norm=arguments.optimizer.max_grad_norm,
+    )
+    # the same weights on every rank so far; from here on each rank draws its own dropout
+    seed_everything(options.seed + world.rank)
+    core = _core(resolved, context, engine, table)
+    return Training(
+        core=core,
+        train=Reader(core.rows(table.train), batches, core.ahead, pace.total_steps),
+        cadence=pace,
+        progress=Progress(),
+        judge=_judge(arguments, engine),
+        random=RandomState(),
+    )
+
+
+def assemble_evaluation(arguments: RunArguments, context: Context) -> Core:
+    """The parts of a run that does not train; adapters are merged into the model."""
+    seed_everything(arguments.training.seed)
+    numbers = precision.choose(arguments, context.world.device)
+    resolved = _resolved(arguments, numbers, recomputes=False)
+    loaded = load.load_model(
+        context.model_dir,
+        resolved.model,
+        dtype=numbers.load_dtype,
+        device=context.world.device,
+        gradient_checkpointing=False,
+    )
+    reason = why_not_flat(loaded)
+    tuned = tuning.apply(loaded, resolved, is_trainable=False, upcast=False)
+    engine = Engine.for_evaluation(
+        TokenModel(tuned, flat=reason is None), world=context.world, precision=numbers
+    )
+    return _core(resolved, context, engine, prepared.open(context.prepared))
+
+
+def reading_ahead(arguments: RunArguments, device: torch.device) -> Ahead:
+    """How reading runs ahead on a device; memory is pinned for the copies to a GPU alone."""
+    options = arguments.training
+    return Ahead(
+        num_threads=options.dataloader_num_workers,
+        each=options.dataloader_prefetch_factor or 2,
+        pins=options.dataloader_pin_memory and device.type == "cuda",
+    )
+
+
+def _resolved(
+    arguments: RunArguments, numbers: precision.Precision, *, recomputes: bool
+) -> RunArguments:
+    return arguments.replace(
+        **numbers.keys(),
+        disable_gradient_checkpointing=not recomputes,
+        use_ray=arguments.ray_enabled,
+    )
+
+
+def _core(
+    arguments: RunArguments, context: Context, engine: Engine, table: prepared.Prepared
+) -> Core:
+    core = Core(
+        arguments=arguments,
+        context=context,
+        engine=engine,
+        tokenizer=load_tokenizer(context.model_dir, arguments.model, arguments.data.template),
+        evals={},
+        objective=STAGES[arguments.finetuning.stage].objective(),
+    )
+    core.evals |= {name: core.rows(samples) for name, samples in table.eval.items()}
+    return core
+
+
+def _judge(arguments: RunArguments, engine: Engine) -> Judge:
+    """What looks at the evaluations of this run, as far as its keys ask for it."""
+    if not compares_evaluations(arguments):
+        return Judge()
+    metric, greater = best_metric(arguments)
+    best = Best(metric, greater_is_better=greater)
+    patience = arguments.finetuning.early_stopping_steps
+    threshold = arguments.finetuning.early_stopping_threshold
+    early = None if patience is None else EarlyStopping(best, patience, threshold)
+    return Judge(best, early, engine.schedule)
+
+
+def _token_model(
+    arguments: RunArguments, context: Context, numbers: precision.Precision
+) -> TokenModel:
+    """The model on its device, tuned as asked for; equal on all ranks."""
+    keeps_float32 = _trains_own_weights(arguments)
+    loaded = load.load_model(
+        context.model_dir,
+        arguments.model,
+        # what trains in float32 is read in float32: a copy in fewer bits would lose some
+        dtype=torch.float32 if keeps_float32 else numbers.load_dtype,
+        device=context.world.device,
+        gradient_checkpointing=not arguments.model.disable_gradient_checkpointing,
+    )
+    reason = why_not_flat(loaded)
+    if reason is not None:
+        log.info("batches are padded, not flat: %s", reason)
+    tuned = tuning.apply(loaded, arguments, is_trainable=True, upcast=not numbers.pure)
+    if keeps_float32:
+        for parameter in tuned.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(numbers.load_dtype)
+    return TokenModel(tuned, flat=reason is None)
+
+
+def _trains_own_weights(arguments: RunArguments) -> bool:
+    """Whether weights of the model itself train, in float32."""
+    finetuning = arguments.finetuning
+    return finetuning.finetuning_type != "lora" and not finetuning.pure_bf16
+
+
+def _needs_checkpointing(arguments: RunArguments, context: Context, lengths: np.ndarray) -> bool:
+    """What the user said; else whether one micro-batch would fill most of the free memory."""
+    said = arguments.model.disable_gradient_checkpointing
+    if said is not None:
+        return not said
+    per_device = arguments.training.per_device_train_batch_size
+    tokens = int(sum(sorted(lengths.tolist(), reverse=True)[:per_device]))
+    config = load.load_config(context.model_dir, arguments.model)
+    need = memory.activation_bytes(config.get_text_config(), tokens, bytes_per_value=4)
+    [short] = context.world.max([need / max(1, _free_bytes(context.world.device))])
+    if short > 0.5:
+        log.info(
+            "gradient checkpointing on: activations of %d tokens need about %.1f GB "
+            "(disable_gradient_checkpointing: true turns it off)",
+            tokens,
+            need / 1e9,
+        )
+    return short > 0.5
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines() if sys.platform == "linux" else []
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 1 << 62

@@ -1,0 +1,125 @@
+"""Micro-batches of a plan of steps, collated here or ahead of time by threads.
+
+Which rows form a step is decided in the calling thread; threads only collate, so nothing depends on
+their number. Rows are memory-mapped: threads share them without a copy.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from llmray.batch import Batch
+from llmray.data.batches import Batches
+from llmray.data.collate import collate
+from llmray.data.prepared import SampleTable
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a table as batches in the layout that the model takes."""
+
+    table: SampleTable
+    flat: bool
+    pad_id: int
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """The micro-batch of these rows; no rows give one token without a target."""
+        return collate([self.table[int(i)] for i in indices], flat=self.flat, pad_id=self.pad_id)
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """How reading runs ahead: by how many threads, for how many micro-batches each; pinned or not.
+
+    Without threads micro-batches are collated when they are asked for.
+    """
+
+    num_threads: int = 0
+    each: int = 2
+    pins: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the rows of a step amount to on this rank, padding not counted."""
+
+    tokens: int = 0
+    targets: int = 0
+    squares: int = 0  # sum of squared lengths: pairs of tokens that attention compares, twice
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.tokens + other.tokens, self.targets + other.targets, self.squares + other.squares
+        )
+
+
+class Reader:
+    """The micro-batches of each step of this rank; closed at its end.
+
+    Args:
+        rows: of the table that `batches` plans.
+        batches: the plan; its position moves with `step`, not with what is read ahead.
+        ahead: how far reading runs ahead.
+        last_step: steps from this one on are not read ahead.
+    """
+
+    def __init__(
+        self, rows: Rows, batches: Batches, ahead: Ahead, last_step: int | None = None
+    ) -> None:
+        self.rows = rows
+        self.batches = batches
+        self._ahead = ahead
+        self._last_step = last_step
+        self._pool = ThreadPoolExecutor(ahead.num_threads, "read") if ahead.num_threads else None
+        self._waiting: dict[int, list[Future[Batch]]] = {}
+
+    def step(self, step: int) -> list[Batch]:
+        """The micro-batches of step number `step`, counted from 0 over all epochs."""
+        if self._pool is None:
+            made = [self._collate(indices) for indices in self._plan(step)]
+        else:
+            for number in [n for n in self._waiting if n < step]:
+                del self._waiting[number]
+            self._fill(step, self._pool)
+            made = [future.result() for future in self._waiting.pop(step)]
+        self.batches.pass_by(*divmod(step, self.batches.steps_per_epoch))
+        return made
+
+    def work(self, step: int) -> Work:
+        """What the rows of that step amount to."""
+        indices = np.concatenate(self._plan(step))
+        lengths = self.rows.table.lengths[indices].astype(np.int64)
+        targets = int(self.rows.table.target_counts[indices].sum())
+        return Work(int(lengths.sum()), targets, int((lengths**2).sum()))
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _plan(self, step: int) -> list[np.ndarray]:
+        return self.batches.micro_batches(*divmod(step, self.batches.steps_per_epoch))
+
+    def _fill(self, step: int, pool: ThreadPoolExecutor) -> None:
+        """Hand steps to the threads, at least `step`, until enough micro-batches wait."""
+        wanted = self._ahead.num_threads * self._ahead.each
+        number = step
+        while number == step or (self._num_waiting() < wanted and not self._is_last(number)):
+            if number not in self._waiting:
+                plan = self._plan(number)
+                self._waiting[number] = [pool.submit(self._collate, rows) for rows in plan]
+            number += 1
+
+    def _num_waiting(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def _is_last(self, number: int) -> bool:
+        return self._last_step is not None and number >= self._last_step
+
+    def _collate(self, indices: np.ndarray) -> Batch:
+        batch = self.rows.batch(indices)
+        return batch.map(Tensor.pin_memory) if self._ahead.pins else batch
