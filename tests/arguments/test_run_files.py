@@ -52,6 +52,9 @@ LOADS = {
     "evaluated": COMMON + "val_size: 0.1\nper_device_eval_batch_size: 1\neval_strategy: steps\n"
     "eval_steps: 500\n",
     "swanlab": COMMON + "use_swanlab: true\nswanlab_run_name: some\n",
+    "predict": "model_name_or_path: org/Some-4B\nstage: sft\ndo_predict: true\n"
+    "finetuning_type: full\neval_dataset: a\npredict_with_generate: true\noutput_dir: saves/p\n"
+    "per_device_eval_batch_size: 1\n",
     "chat": "model_name_or_path: org/Some-4B\nadapter_name_or_path: saves/run\ntemplate: llama3\n"
     "infer_backend: huggingface\ntrust_remote_code: true\n",
 }
@@ -83,9 +86,6 @@ FAILS = {
     "export_quantization_bit: 4\nexport_quantization_dataset: data/c4_demo.jsonl\n",
     "vision": COMMON + "image_max_pixels: 262144\nvideo_max_pixels: 16384\n"
     "freeze_vision_tower: true\nfreeze_multi_modal_projector: true\n",
-    "predict": "model_name_or_path: org/Some-4B\nstage: sft\ndo_predict: true\n"
-    "finetuning_type: full\neval_dataset: a\npredict_with_generate: true\noutput_dir: saves/p\n"
-    "per_device_eval_batch_size: 1\n",
     "remote data": LOADS["ray"] + "dataset_dir: REMOTE:org/demo_data\n",
     "benchmark": "model_name_or_path: org/Some-4B\ntask: mmlu_test\nlang: en\nn_shot: 5\n"
     "save_dir: saves/eval\nbatch_size: 4\ntemplate: fewshot\n",
