@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from logging import getLogger
 from typing import Any
@@ -81,27 +82,27 @@ def _train(
     observers = _observers(core, files) if context.world.is_main else ()
     for observer in observers:
         observer.on_start(first_step, training.cadence.total_steps)
-    outcome = fit(
-        Loop(
-            cadence=training.cadence,
-            world=context.world,
-            progress=training.progress,
-            do_step=SupervisedStep(
-                core.engine,
-                training.train,
-                core.objective,
-                arguments.training.torch_empty_cache_steps,
-            ),
-            evaluate=(lambda: evaluate_rows(core)) if core.evals else None,
-            judge=training.judge,
-            save=lambda step: _save(training, files, step),
-            stop=context.stop,
-            observers=observers,
-            report=context.report,
-            figures=_figures(core),
+    with closing(training.train):
+        outcome = fit(
+            Loop(
+                cadence=training.cadence,
+                world=context.world,
+                progress=training.progress,
+                do_step=SupervisedStep(
+                    core.engine,
+                    training.train,
+                    core.objective,
+                    arguments.training.torch_empty_cache_steps,
+                ),
+                evaluate=(lambda: evaluate_rows(core)) if core.evals else None,
+                judge=training.judge,
+                save=lambda step: _save(training, files, step),
+                stop=context.stop,
+                observers=observers,
+                report=context.report,
+                figures=_figures(core),
+            )
         )
-    )
-    training.train.close()
     if outcome.finished is not None:
         log.info("stopped early after step %d: %s", training.progress.step, outcome.finished)
     metrics = _finish(training, outcome, files, start, time.perf_counter() - started)
