@@ -36,6 +36,12 @@ CHECK_HELP = """
 
   --explain KEY  what a key means, what it is in this run, where that came from and what follows
                  from it; without a run file, what it means alone"""
+CHAT_HELP = """
+
+Answers stream. /clear forgets the conversation, /system TEXT begins one with that
+system message (default_system is the run's), /exit or Ctrl-D ends, Ctrl-C stops
+an answer. A pipe works too: each line is a message.
+adapter_name_or_path=DIR asks what a run has trained."""
 RENDER_HELP = """
 
   --rows N  how many rows (3)
@@ -251,7 +257,7 @@ COMMANDS: dict[str, Command] = {
         chat,
         "chat [RUN.yaml] [key=value | --key value ...]",
         "talk in the terminal to a base model or an adapter",
-        RUN_FILE_HELP,
+        RUN_FILE_HELP + CHAT_HELP,
     ),
     "plot": Command(
         plot,

@@ -72,14 +72,18 @@ class Answerer:
             skips_special=arguments.generating.skip_special_tokens,
         )
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], system: str | None = None) -> list[int]:
         """The tokens after which the response to the last message begins.
+
+        Args:
+            messages: of the conversation so far.
+            system: its system message; None for that of the run, else of the template.
 
         Raises:
             DataError: if the template cannot write these messages.
         """
         try:
-            text = self.renderer.prompt(messages)
+            text = self.renderer.prompt(messages, system)
         except RowError as error:
             raise DataError(str(error)) from error
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -3,14 +3,17 @@
     llmray chat run.yaml adapter_name_or_path=out
     echo "What is your name?" | llmray chat run.yaml
 
-/clear forgets the conversation, /exit (or Ctrl-D) ends it, Ctrl-C stops an answer. From a pipe,
-each line is a message and each answer a paragraph on its own.
+/clear forgets the conversation, /system TEXT begins one with another system message (without TEXT
+with the run's own, `default_system`), /exit (or Ctrl-D) ends it, Ctrl-C stops an answer. From a
+pipe, each line is a message and each answer a paragraph on its own.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from logging import getLogger
 from pathlib import Path
 from typing import TextIO
@@ -23,8 +26,18 @@ from llmray.serve.answering import Answerer
 
 log = getLogger("llmray")
 
-CLEAR, EXIT = ("/clear", "clear"), ("/exit", "exit")
+CLEAR, EXIT, SYSTEM = ("/clear", "clear"), ("/exit", "exit"), "/system"
+COMMANDS = "/clear forgets, /system TEXT sets the system message, /exit ends"
+COMMAND = re.compile(r"/[a-z]+")
 INTERRUPTED = 130
+
+
+@dataclass
+class _Conversation:
+    """What was said; `system` None stands for the run's own system message."""
+
+    messages: list[Message] = field(default_factory=list)
+    system: str | None = None
 
 
 def chat(
@@ -45,19 +58,16 @@ def chat(
     answerer = Answerer.load(arguments)
     is_terminal = source.isatty()
     if is_terminal:
-        print("/clear forgets, /exit ends, Ctrl-C stops an answer.", file=target)
-    history: list[Message] = []
+        print(f"{COMMANDS}, Ctrl-C stops an answer.", file=target)
+    talk = _Conversation()
     try:
         for line in _lines(source, is_terminal):
             if line in EXIT:
                 break
-            if line in CLEAR:
-                history.clear()
-                log.info("the conversation is forgotten")
-            elif line:
-                history.append(Message("user", line))
-                answer = _answer(answerer, history, target)
-                history.append(Message("assistant", answer))
+            if line and not _obey(line, talk):
+                talk.messages.append(Message("user", line))
+                answer = _answer(answerer, talk, target)
+                talk.messages.append(Message("assistant", answer))
     except KeyboardInterrupt:  # while waiting for a message
         print(file=target)
         return INTERRUPTED
@@ -96,13 +106,31 @@ def _lines(source: TextIO, is_terminal: bool) -> Iterator[str]:
             return
 
 
-def _answer(answerer: Answerer, history: list[Message], target: TextIO) -> str:
+def _obey(line: str, talk: _Conversation) -> bool:
+    """Do what a command says; returns whether the line is one."""
+    word, _, text = line.partition(" ")
+    if line in CLEAR:
+        talk.messages.clear()
+        log.info("the conversation is forgotten")
+    elif word == SYSTEM:
+        talk.messages.clear()
+        talk.system = text.strip() or None
+        log.info("a new conversation, with %s system message", "that" if text else "the run's")
+    elif COMMAND.fullmatch(line):
+        log.warning("%s is no command: %s", line, COMMANDS)
+    else:
+        return False
+    return True
+
+
+def _answer(answerer: Answerer, talk: _Conversation, target: TextIO) -> str:
     """Write the answer to the last message, and return its text; Ctrl-C cuts it short."""
-    prompt = answerer.prompt_ids(history)
+    history = talk.messages
+    prompt = answerer.prompt_ids(history, talk.system)
     while not answerer.fits(prompt) and len(history) > 1:
         del history[:2]
         log.info("the oldest turn is forgotten: prompt and response would not fit the model")
-        prompt = answerer.prompt_ids(history)
+        prompt = answerer.prompt_ids(history, talk.system)
     if not answerer.has_room(prompt):
         log.warning("the message leaves no room for an answer: write a shorter one, or /clear")
         return ""

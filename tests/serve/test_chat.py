@@ -70,6 +70,25 @@ def test_answers_continue_the_conversation_until_it_is_cleared(model_dir):
     assert said == "".join(f"{answer}\n" for answer in (*answers, alone))
 
 
+def test_a_system_message_begins_a_conversation(model_dir):
+    question = Message("user", "What is the sea?")
+
+    def answer(system):
+        keys = {"default_system": system} if system else {}
+        return piped(run_file(model_dir, **keys), question.content)[1]
+
+    lines = ["/system Be brief, and kind.", question.content, "/system", question.content]
+    _, said = piped(run_file(model_dir), *lines)
+    assert said == answer("Be brief, and kind.") + answer(None)
+    assert answer(None) != answer("Be brief, and kind.")
+
+
+def test_a_misspelt_command_is_no_message(model_dir, caplog):
+    with caplog.at_level(logging.WARNING, "llmray"):
+        assert piped(run_file(model_dir), "/claer") == (0, "")
+    assert "/claer is no command: /clear forgets" in caplog.text
+
+
 def test_exit_ends_it(model_dir):
     code, said = piped(run_file(model_dir), "/exit", "What is the sea?")
     assert (code, said) == (0, "")
