@@ -70,17 +70,24 @@ def test_answers_continue_the_conversation_until_it_is_cleared(model_dir):
     assert said == "".join(f"{answer}\n" for answer in (*answers, alone))
 
 
-def test_a_system_message_begins_a_conversation(model_dir):
-    question = Message("user", "What is the sea?")
+def test_a_system_message_begins_a_conversation(model_dir, monkeypatch):
+    asked = []
 
-    def answer(system):
-        keys = {"default_system": system} if system else {}
-        return piped(run_file(model_dir, **keys), question.content)[1]
+    def generate(self, prompts, streamer=None):
+        asked.extend(self.tokenizer.decode(prompt) for prompt in prompts)
+        return [[]]
 
-    lines = ["/system Be brief, and kind.", question.content, "/system", question.content]
-    _, said = piped(run_file(model_dir), *lines)
-    assert said == answer("Be brief, and kind.") + answer(None)
-    assert answer(None) != answer("Be brief, and kind.")
+    monkeypatch.setattr(Answerer, "generate", generate)
+    piped(run_file(model_dir), "Hi", "/system Be brief, and kind.", "Hi", "Why?", "/system", "Hi")
+    user, system = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>system\n{}<|im_end|>\n"
+    header = "<|im_start|>assistant\n"
+    first = system.format("Be brief, and kind.") + user.format("Hi") + header
+    assert asked == [
+        user.format("Hi") + header,
+        first,
+        first + "<|im_end|>\n" + user.format("Why?") + header,
+        user.format("Hi") + header,
+    ]
 
 
 def test_a_misspelt_command_is_no_message(model_dir, caplog):

@@ -21,6 +21,7 @@ from llmray import hub
 from llmray.arguments.run import load
 from llmray.data import prepared
 from llmray.data.conversation import Message
+from llmray.errors import ArgumentsError
 from llmray.run import Context, RunResult, run
 from llmray.serve.answering import Answerer
 from llmray.train.observers import read_log
@@ -89,7 +90,9 @@ def site(tmp_path_factory) -> Site:
     texts = [{"text": f"Some text of number {i}."} for i in range(12)]
     info: Any = {name: {"file_name": f"{name}.json"} for name in ("rows", "texts")}
     info["texts"]["columns"] = {"prompt": "text"}
-    for name, rows in {"rows": ROWS, "texts": texts, "dataset_info": info}.items():
+    info |= {name: {"file_name": f"{name}.json"} for name in ("few", "fewer")}
+    sets = {"rows": ROWS, "texts": texts, "few": ROWS[:3], "fewer": ROWS[:2]}
+    for name, rows in {**sets, "dataset_info": info}.items():
         (root / f"{name}.json").write_text(json.dumps(rows))
     return Site(root)
 
@@ -166,6 +169,48 @@ def test_draws_do_not_depend_on_what_was_drawn_before(site: Site) -> None:
     assert site.predictions("drawn") == site.predictions("drawn-after-evaluation")
     site.run("other-seed", **keys, seed=3, data_seed=42)
     assert site.predictions("drawn") != site.predictions("other-seed")
+
+
+def test_prediction_alone_is_that_after_training(predicted: Site) -> None:
+    """From the adapter that the run left, in the same folder and in another."""
+    before = (predicted.root / "whole" / "generated_predictions.jsonl").read_bytes()
+    alone = {"do_train": False, "adapter_name_or_path": str(predicted.root / "whole")}
+    predicted.run("alone", **alone)
+    written = (predicted.root / "alone" / "generated_predictions.jsonl").read_bytes()
+    assert written == before
+    assert set(os.listdir(predicted.root / "alone")) == {
+        "generated_predictions.jsonl",
+        "predict_results.json",
+        "all_results.json",
+    }
+    trained = predicted.json("whole", "all_results.json")
+    predicted.run("whole", **alone)
+    assert (predicted.root / "whole" / "generated_predictions.jsonl").read_bytes() == before
+    assert set(predicted.json("whole", "all_results.json")) == set(trained)
+
+
+def test_sets_that_are_evaluated_one_by_one_are_predicted_so(site: Site) -> None:
+    keys = {"val_size": 0.0, "eval_dataset": "few,fewer", "eval_on_each_dataset": True}
+    site.run("each", **keys, do_train=False, do_eval=True)
+    results = site.json("each", "predict_results.json")
+    assert {"predict_few_rouge-l", "predict_fewer_rouge-l"} <= set(results)
+    assert {"eval_few_rouge-l", "eval_few_loss"} <= set(site.json("each", "eval_results.json"))
+    assert [row["label"] for row in site.predictions("each")] == [
+        row["output"] for row in [*ROWS[:3], *ROWS[:2]]
+    ]
+
+
+def test_the_best_evaluation_may_be_that_of_the_responses(site: Site) -> None:
+    keys = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "rouge-l"}
+    site.run("best", **keys, **best, do_predict=False)
+    log = read_log(site.root / "best" / "trainer_log.jsonl")
+    scores = [record["eval_rouge-l"] for record in log if "eval_rouge-l" in record]
+    assert site.json("best", "eval_results.json")["eval_rouge-l"] == max(scores)
+    with pytest.raises(ArgumentsError, match="eval_rouge-l"):
+        site.arguments("x", **keys, metric_for_best_model="rouge-x")
+    with pytest.raises(ArgumentsError, match="rouge-l is never logged"):
+        site.arguments("x", **keys, **best, predict_with_generate=False, do_predict=False)
 
 
 def test_stage_pt_predicts_by_its_loss(site: Site) -> None:
