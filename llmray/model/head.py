@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from logging import getLogger
 from typing import Any
@@ -180,17 +181,32 @@ def _form_is_right(base: PreTrainedModel, form: Form) -> bool:
     ids = torch.arange(NUM_CHECKED, device=base.device)[None] * (size // NUM_CHECKED)
     hook = base.base_model.register_forward_hook(amplify)
     base.eval()
+    low = _lowest_dtype(base)
     try:
-        with native(base):
+        with native(base), _as_trained(base, low):
             own = base(ids, use_cache=False).logits.float()
+            if len(seen) != 1:
+                return False
+            ours = form.apply(head(seen[0]).float())
     finally:
         hook.remove()
         base.train(was_training)
-    if len(seen) != 1:
-        return False
-    ours = form.apply(head(seen[0]).float())
-    limit = 1e-4 if base.dtype in (torch.float32, torch.float64) else 3e-2
+    limit = 1e-4 if low in (torch.float32, torch.float64) else 3e-2
     return bool((own - ours).abs().max() <= limit * own.abs().max())
+
+
+def _lowest_dtype(base: PreTrainedModel) -> torch.dtype:
+    """The dtype of the model's weights that has the fewest bits."""
+    dtypes = {p.dtype for p in base.parameters() if p.is_floating_point()}
+    return min(dtypes, key=lambda dtype: dtype.itemsize, default=base.dtype)
+
+
+def _as_trained(base: PreTrainedModel, low: torch.dtype) -> AbstractContextManager[object]:
+    """Autocast where layers that train are in float32 and the others in fewer bits."""
+    is_mixed = any(p.is_floating_point() and p.dtype != low for p in base.parameters())
+    if not is_mixed or low not in (torch.bfloat16, torch.float16):
+        return nullcontext()
+    return torch.autocast(base.device.type, dtype=low)
 
 
 def _wants_aux_loss(base: PreTrainedModel) -> bool:

@@ -79,6 +79,17 @@ def test_the_table_is_checked_in_any_dtype(arch, dtype, monkeypatch):
     assert wrong.uses_own_head == (arch != "llama")
 
 
+@pytest.mark.parametrize("wide", ["model.layers.0", "model.layers.1", "lm_head", "model.norm"])
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_the_table_is_checked_where_some_layers_train_in_float32(arch, wide, monkeypatch):
+    """As in freeze tuning: trained layers are in float32, the rest in bf16, under autocast."""
+    model = build_model(arch, amplify=4.0, tie_word_embeddings=False).to(torch.bfloat16)
+    model.get_submodule(wide).float()
+    assert not TokenModel(model, flat=False).uses_own_head
+    monkeypatch.setattr(head, "logit_form", lambda base: Form(slope=1.7))
+    assert TokenModel(model, flat=False).uses_own_head
+
+
 @pytest.mark.parametrize("flat", [True, False])
 def test_the_own_forward_gives_what_the_head_gives(flat):
     rows, model = make_rows(), build_model("gemma2", amplify=4.0)
