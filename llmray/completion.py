@@ -14,9 +14,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmray.arguments.capabilities import TEMPLATES
 from llmray.arguments.problems import choices, plain_types
 from llmray.arguments.run import FIELDS
+from llmray.arguments.template_rules import TEMPLATES, TOOL_FORMATS
 from llmray.errors import ArgumentsError
 
 OPTION = re.compile(r"--[a-z][a-z-]*")
@@ -51,7 +51,7 @@ def values() -> dict[str, tuple[str, ...]]:
             found[key] = tuple(str(choice) for choice in choices(field))
         elif bool in plain_types(field):
             found[key] = ("true", "false")
-    return found | {"template": TEMPLATES}
+    return found | {"template": TEMPLATES, "tool_format": TOOL_FORMATS}
 
 
 def script(shell: str, usages: Mapping[str, str]) -> str:

@@ -55,7 +55,7 @@ def test_choices(complete, before):
 
 
 def test_templates_are_choices(complete):
-    assert complete("llmray train template=sm") == ["smollm2 "]
+    assert sorted(complete("llmray train template=sm")) == ["smollm ", "smollm2 "]
 
 
 def test_run_files_and_folders(complete):

@@ -121,9 +121,35 @@ def write_data(directory: Path, first: int) -> None:
         for i in range(8)
     ]
     text = [{"text": f"Some text of number {i}. " * 3} for i in range(12)]
-    sets = {"short": short, "other": short[:6], "turns": turns, "text": text}
+    tools = [{"name": "add", "description": "Adds.", "parameters": {"properties": {}}}]
+    calls = [{"function": {"name": "add", "arguments": '{"a": 1}'}}]
+    called = [
+        {"role": "user", "content": "Add 1."},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ]
+    thoughts = [
+        {
+            "messages": [
+                {"role": "user", "content": "First?"},
+                {"role": "assistant", "content": "One.", "reasoning_content": "Is it one?"},
+                {"role": "user", "content": "Second?"},
+                {"role": "assistant", "content": "Two."},
+            ]
+        }
+    ]
+    sets = {
+        "short": short,
+        "other": short[:6],
+        "turns": turns,
+        "text": text,
+        "tools": [{"messages": called, "tools": tools}] * 8,
+        "thoughts": thoughts * 8,
+    }
     info: dict[str, Any] = {name: {"file_name": f"{name}.json"} for name in sets}
     info["turns"]["formatting"] = "sharegpt"
+    info["tools"]["formatting"] = info["thoughts"]["formatting"] = "openai"
     info["text"]["columns"] = {"prompt": "text"}
     for name, rows in {**sets, "dataset_info": info}.items():
         (directory / f"{name}.json").write_text(json.dumps(rows))
@@ -213,6 +239,7 @@ class Row:
 FREEZE = {"finetuning_type": "freeze", "freeze_trainable_layers": 1}
 FULL = {"finetuning_type": "full"}
 TEXT = {"stage": "pt", "dataset": "text", "template": ...}
+THOUGHTS = {"template": "qwen3", "dataset": "thoughts", "cutoff_len": 256}
 EPOCHS = {"max_steps": -1, "num_train_epochs": 1}
 VALIDATION = {"val_size": 0.25, "eval_strategy": "steps", "eval_steps": 2}
 PREDICTS = {"val_size": 0.25, "predict_with_generate": True, "max_new_tokens": 4}
@@ -236,6 +263,9 @@ ROWS: dict[str, Row] = {
     "val_size": Row(0.25, 5, evaluation, {"do_eval": True}),
     "packing": Row(True, False, keys=TEXT),
     "default_system": Row(..., "Answer in one word."),
+    "tool_format": Row("qwen", "llama3", keys={"dataset": "tools", "cutoff_len": 512}),
+    "enable_thinking": Row(True, False, keys=THOUGHTS),
+    "preserve_thinking": Row(False, True, keys={**THOUGHTS, "mask_history": True}),
     "stage": Row("sft", "pt"),
     "finetuning_type": Row("lora", "freeze", files),
     "pure_bf16": Row(False, True, tensors, {"fp32": ...}),

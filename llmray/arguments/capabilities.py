@@ -37,9 +37,6 @@ def _family(sentence: str, *keys: str) -> dict[str, Gap]:
     return {key: Gap(sentence) for key in keys}
 
 
-# the names of llmray.data.templates, which stands above the arguments
-TEMPLATES = ("chatml", "default", "llama3", "qwen", "smollm2")
-
 _REMOVE = "Remove it, or set it to its default."
 
 # Later work removes these rows.
@@ -166,24 +163,13 @@ NOT_BUILT: dict[str, Gap] = {
         "mix_strategy",
         "interleave_probs",
     ),
-    "template": Gap(
-        f"Of the templates only {', '.join(TEMPLATES)} are built yet. Use one of these, or remove "
-        "the key for the tokenizer's own chat template.",
-        only(*TEMPLATES),
-    ),
     "packing": Gap(
         "Packing is built for stage pt only yet. Remove the key, or set packing: false.",
         lambda value, flat: value is False or flat["stage"] == "pt",
     ),
     "neat_packing": Gap(f"Packing of conversations is not built yet. {_REMOVE}"),
-    "tool_format": Gap(f"Formats of tool calls are not built yet. {_REMOVE}"),
     "tokenized_path": Gap(
         "A place for prepared data is not built yet; it is kept in the cache. Remove the key."
-    ),
-    **_family(
-        f"Templates with thoughts are not built yet. {_REMOVE}",
-        "enable_thinking",
-        "preserve_thinking",
     ),
     **_family(
         f"Images, video and audio are not built yet. {_REMOVE}",

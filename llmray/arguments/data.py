@@ -81,7 +81,7 @@ class DataArguments(Group):
         False, description="Pack rows whose texts do not see each other. Implies packing."
     )
     tool_format: str | None = Field(
-        None, description="Text format of tool calls. Not given: the template's."
+        None, description="Text of tools and their calls, by name. Not given: the template's."
     )
     tokenized_path: str | None = Field(
         None, description="Folder of the prepared data: read when it is there, else written."
@@ -92,11 +92,14 @@ class DataArguments(Group):
     )
     enable_thinking: bool | None = Field(
         True,
-        description="Reasoning templates: true learns an empty thought where a response has "
-        "none, false puts it into the prompt.",
+        description="Reasoning templates: true learns an empty thought where a response has none, "
+        "false leaves thoughts out and puts an empty one into the prompt, null keeps thoughts "
+        "and puts an empty one into the prompt where there is none.",
     )
     preserve_thinking: bool = Field(
-        False, description="Reasoning templates: keep the thoughts of earlier responses."
+        False,
+        description="Reasoning templates: keep the thoughts of earlier responses in the text. "
+        "Otherwise they are in it only where earlier responses are learned (mask_history: false).",
     )
 
     @property

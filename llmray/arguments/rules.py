@@ -15,6 +15,7 @@ from llmray.arguments.derived import DERIVED_RULES
 from llmray.arguments.method_rules import METHOD_RULES, Rule
 from llmray.arguments.problems import Problem, given, shown
 from llmray.arguments.settings import SETTINGS_RULES
+from llmray.arguments.template_rules import TEMPLATE_RULES
 from llmray.arguments.tracking import OTHER_TRACKERS, TRACKERS, TrackingArguments
 
 if TYPE_CHECKING:
@@ -386,6 +387,7 @@ RULES: tuple[Rule, ...] = (
     *SETTINGS_RULES,
     *DERIVED_RULES,
     *BEST_RULES,
+    *TEMPLATE_RULES,
 )
 
 

@@ -32,7 +32,7 @@ def _with_targets(samples: Sequence[Sample], flat: bool, pad_id: int, num_sample
     starts = np.cumsum([0, *lengths[:-1]]) if flat else np.arange(len(samples)) * width
     places = [np.flatnonzero(sample.target_mask) for sample in samples]
     positions = [start + place - 1 for start, place in zip(starts, places, strict=True)]
-    ids = [sample.input_ids[place] for sample, place in zip(samples, places, strict=True)]
+    ids = [sample.target_ids() for sample in samples]
     owners = np.repeat(np.arange(len(samples)), [len(place) for place in places])
     layout = _flat(samples, lengths) if flat else _padded(samples, lengths, pad_id)
     return Batch(

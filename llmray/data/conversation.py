@@ -6,7 +6,9 @@ are left to `templates`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -39,6 +41,15 @@ TAGS: dict[str, str] = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
+# Where formatting openai differs.
+OPENAI_COLUMNS: dict[str, str | None] = {"messages": "messages", "tools": "tools"}
+OPENAI_TAGS: dict[str, str] = {
+    "role_tag": "role",
+    "content_tag": "content",
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "observation_tag": "tool",
+}
 MEDIA = ("images", "videos", "audios")
 
 
@@ -47,11 +58,31 @@ class RowError(Exception):
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool by its name, with arguments as JSON knows them."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Message:
-    """One message of a conversation."""
+    """One message of a conversation.
+
+    Attributes:
+        role: user and observation prompt, assistant and function respond.
+        content: the text; of a function, what is said beside the calls.
+        thought: what a response thought first; None where the row has no thought of its own.
+            Thoughts that stand inside `content` stay there: only a template knows their marks.
+        calls: the calls of a function, one or more.
+        results: of an observation, the results of several calls; `content` is all of them.
+    """
 
     role: Role
     content: str
+    thought: str | None = None
+    calls: tuple[ToolCall, ...] = ()
+    results: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,17 +106,19 @@ class RowFormat:
     default names where a row has them.
     """
 
-    formatting: Literal["alpaca", "sharegpt"] = "alpaca"
+    formatting: Literal["alpaca", "sharegpt", "openai"] = "alpaca"
     columns: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
 
     def column(self, use: str) -> str | None:
         """The name of the column for a use of `COLUMNS`, None where none is read."""
-        return self.columns.get(use, COLUMNS[use])
+        own = OPENAI_COLUMNS if self.formatting == "openai" else {}
+        return self.columns.get(use, own.get(use, COLUMNS[use]))
 
     def tag(self, name: str) -> str:
         """The word for a name of `TAGS`."""
-        return self.tags.get(name, TAGS[name])
+        own = OPENAI_TAGS if self.formatting == "openai" else {}
+        return self.tags.get(name, own.get(name, TAGS[name]))
 
 
 def to_conversation(row: Any, layout: RowFormat, needs_response: bool = True) -> Conversation:
@@ -142,45 +175,115 @@ def _history(row: Row, layout: RowFormat) -> list[Message]:
 
 
 def _sharegpt(row: Row, layout: RowFormat, needs_response: bool) -> Conversation:
+    return _messages(row, layout, needs_response, _said)
+
+
+def _openai(row: Row, layout: RowFormat, needs_response: bool) -> Conversation:
+    return _messages(row, layout, needs_response, _said_to_openai)
+
+
+Spoken = tuple[str, Message]  # a role, system among them, and the message
+Read = Callable[[RowFormat, int, Row], Spoken]
+
+
+def _messages(row: Row, layout: RowFormat, needs_response: bool, read: Read) -> Conversation:
     if not needs_response:
         raise RowError(
-            "formatting is sharegpt, and stage pt learns plain text. Take a set of text, or "
-            "stage: sft."
+            f"formatting is {layout.formatting}, and stage pt learns plain text. Take a set of "
+            "text, or stage: sft."
         )
     name = layout.column("messages")
     said = _value(row, layout, "messages")
     if not isinstance(said, list | tuple):
         raise RowError(f"{name!r} is {_kind(said)}. Required: a list of messages.")
-    turns = [_turn(layout, number, message) for number, message in enumerate(said, start=1)]
+    turns = [
+        read(layout, number, _object(layout, number, message))
+        for number, message in enumerate(said, start=1)
+    ]
     system = _text(row, layout, "system", optional=True) or None
     if turns and turns[0][0] == "system":
-        system = turns.pop(0)[1]
+        system = turns.pop(0)[1].content
     messages = _alternating(layout, turns, first=len(said) - len(turns) + 1)
     return Conversation(messages, system, _tools(row, layout))
 
 
-def _turn(layout: RowFormat, number: int, message: Any) -> tuple[str, str]:
-    role_tag, content_tag = layout.tag("role_tag"), layout.tag("content_tag")
-    if not isinstance(message, Mapping):
+def _object(layout: RowFormat, number: int, message: Any) -> Row:
+    if isinstance(message, Mapping):
+        return message
+    raise RowError(
+        f"message {number} is {_kind(message)}. Required: an object with "
+        f"{layout.tag('role_tag')!r} and {layout.tag('content_tag')!r}."
+    )
+
+
+def _said(layout: RowFormat, number: int, message: Row) -> Spoken:
+    role = _role(layout, number, message)
+    content = _tagged(layout, number, message, "content_tag")
+    if role != "function":
+        return role, Message(_as_role(role), content)
+    text, value = _split_calls(content)
+    return role, Message("function", text, calls=_calls(f"message {number}", value))
+
+
+def _said_to_openai(layout: RowFormat, number: int, message: Row) -> Spoken:
+    role = _role(layout, number, message)
+    found = message.get("tool_calls")
+    content_key = layout.tag("content_tag")
+    parts = message.get(content_key)
+    if isinstance(parts, list | tuple):
+        message = {**message, content_key: _joined_parts(number, parts)}
+    elif parts is None and found:
+        message = {**message, content_key: ""}
+    content = _tagged(layout, number, message, "content_tag")
+    thought = message.get("reasoning_content")
+    if thought is not None and not isinstance(thought, str):
         raise RowError(
-            f"message {number} is {_kind(message)}. Required: an object with {role_tag!r} and "
-            f"{content_tag!r}."
+            f"'reasoning_content' of message {number} is {_kind(thought)}. Required: text."
         )
-    for tag, key in (("role_tag", role_tag), ("content_tag", content_tag)):
-        if not isinstance(message.get(key), str):
-            found = f"is {_kind(message[key])}" if key in message else "is missing"
+    if found and role == "assistant":
+        calls = _calls(f"message {number}", found)
+        return "function", Message("function", content, thought or None, calls)
+    return role, Message(_as_role(role), content, thought or None)
+
+
+def _joined_parts(number: int, parts: Sequence[Any]) -> str:
+    texts = []
+    for part in parts:
+        is_text = isinstance(part, Mapping) and part.get("type") == "text"
+        if not is_text or not isinstance(part.get("text"), str):
             raise RowError(
-                f"{key!r} of message {number} {found}; it has {_names(message)}. Required: text. "
-                f"Mend the row, or name the key as {tag} among the set's tags."
+                f"message {number} has a part {_kind(part)}. Required: parts of type text; "
+                "training on media is not built yet."
             )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _role(layout: RowFormat, number: int, message: Row) -> str:
+    said = _tagged(layout, number, message, "role_tag")
     roles = _roles(layout)
-    said = message[role_tag]
     if said not in roles:
         raise RowError(
             f"message {number} is from {said!r}, an unknown role.{_nearest(said, roles)} Required: "
             f"one of {', '.join(roles)}; tags in dataset_info.json can name others."
         )
-    return roles[said], message[content_tag]
+    return roles[said]
+
+
+def _as_role(role: str) -> Role:
+    return "user" if role == "system" else role  # type: ignore[return-value]
+
+
+def _tagged(layout: RowFormat, number: int, message: Row, tag: str) -> str:
+    key = layout.tag(tag)
+    value = message.get(key)
+    if isinstance(value, str):
+        return value
+    found = f"is {_kind(message[key])}" if key in message else "is missing"
+    raise RowError(
+        f"{key!r} of message {number} {found}; it has {_names(message)}. Required: text. "
+        f"Mend the row, or name the key as {tag} among the set's tags."
+    )
 
 
 def _roles(layout: RowFormat) -> dict[str, str]:
@@ -190,28 +293,81 @@ def _roles(layout: RowFormat) -> dict[str, str]:
     }
 
 
-def _alternating(
-    layout: RowFormat, turns: list[tuple[str, str]], first: int
-) -> tuple[Message, ...]:
+def _alternating(layout: RowFormat, turns: list[Spoken], first: int) -> tuple[Message, ...]:
+    """The messages in turns, results of tools that follow one another as one message."""
     user, assistant = layout.tag("user_tag"), layout.tag("assistant_tag")
     required = f"Required: {user}, {assistant} in turns, the last from {assistant}."
     if not turns:
         raise RowError(f"the conversation is empty. {required}")
     allowed = (("user", "observation"), ("assistant", "function"))
-    for index, (role, _) in enumerate(turns):
-        if role not in allowed[index % 2]:
+    messages: list[Message] = []
+    for number, (role, message) in enumerate(turns, start=first):
+        if role == "observation" and messages and messages[-1].role == "observation":
+            messages[-1] = _with_result(messages[-1], message.content)
+        elif role not in allowed[len(messages) % 2]:
             raise RowError(
-                f"message {first + index} is from {layout.tag(f'{role}_tag')}, out of turn. "
-                f"{required}"
+                f"message {number} is from {layout.tag(f'{role}_tag')}, out of turn. {required}"
             )
-    if len(turns) % 2:
-        raise RowError(f"the last message, {first + len(turns) - 1}, has no response. {required}")
-    return tuple(Message(role, content) for role, content in turns)  # type: ignore[arg-type]
+        else:
+            messages.append(message)
+    if len(messages) % 2:
+        last = first + len(turns) - 1
+        raise RowError(f"the last message, {last}, has no response. {required}")
+    return tuple(messages)
+
+
+def _with_result(message: Message, content: str) -> Message:
+    results = (*(message.results or (message.content,)), content)
+    return Message("observation", "\n".join(results), results=results)
+
+
+def _split_calls(content: str) -> tuple[str, Any]:
+    """What stands before the calls of a function's text, and the JSON of the calls."""
+    starts = [at for at in (content.find("{"), content.find("[")) if at >= 0]
+    while starts:
+        at = min(starts)
+        try:
+            return content[:at].rstrip(), json.loads(content[at:])
+        except ValueError:
+            starts = [a for a in (content.find(c, at + 1) for c in "{[") if a >= 0]
+    return "", content
+
+
+def _calls(where: str, value: Any) -> tuple[ToolCall, ...]:
+    """The calls that a row has as an object, or a list of them."""
+    entries = value if isinstance(value, list | tuple) else [value]
+    if not entries:
+        raise RowError(f"{where} calls no tool. Required: an object with name and arguments.")
+    return tuple(_call(where, entry) for entry in entries)
+
+
+def _call(where: str, entry: Any) -> ToolCall:
+    inner = entry.get("function", entry) if isinstance(entry, Mapping) else entry
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+        raise RowError(
+            f"{where} has a call {_kind(entry)}. Required: an object with name and arguments."
+        )
+    arguments = inner.get("arguments", {})
+    if isinstance(arguments, str):
+        with suppress(ValueError):  # refused below, as it stands in the row
+            arguments = json.loads(arguments) if arguments.strip() else {}
+    if not isinstance(arguments, Mapping):
+        raise RowError(
+            f"{where} calls {inner['name']} with arguments {_kind(arguments)}. Required: an "
+            "object, or its JSON text."
+        )
+    return ToolCall(inner["name"], dict(arguments))
 
 
 def _tools(row: Row, layout: RowFormat) -> str | None:
-    tools = _text(row, layout, "tools", optional=True)
-    return tools if tools and tools.strip() not in ("[]", "{}", "null") else None
+    """The tools of a row as JSON text, None where there is none."""
+    name = layout.column("tools")
+    tools = row.get(name) if name is not None else None
+    if isinstance(tools, list | tuple | Mapping):
+        tools = json.dumps(tools, ensure_ascii=False)
+    if tools is not None and not isinstance(tools, str):
+        raise RowError(f"{name!r} is {_kind(tools)}. Required: a list of tools, or its JSON text.")
+    return tools if tools and tools.strip() not in ("", "[]", "{}", "null") else None
 
 
 def _value(row: Row, layout: RowFormat, use: str, optional: bool = False) -> Any:
@@ -252,4 +408,5 @@ def _nearest(name: str, known: Mapping[str, Any]) -> str:
 FORMATTINGS: dict[str, Callable[[Row, RowFormat, bool], Conversation]] = {
     "alpaca": _alpaca,
     "sharegpt": _sharegpt,
+    "openai": _openai,
 }

@@ -22,7 +22,8 @@ class FeatureOptions:
     """Arguments that decide about features.
 
     `text_prefix` and `text_suffix` are ids before and after each text of stage pt; `packing` says
-    that its texts are later laid into full blocks, so that none is cut.
+    that its texts are later laid into full blocks, so that none is cut. `end_token` is the token
+    that is learned at the end of responses where the text has none there (efficient_eos).
     """
 
     cutoff_len: int
@@ -31,18 +32,21 @@ class FeatureOptions:
     packing: bool = False
     text_prefix: tuple[int, ...] = ()
     text_suffix: tuple[int, ...] = ()
+    end_token: int | None = None
 
 
 @dataclass(frozen=True)
 class RowFeatures:
     """The tokens of a row; `targets` are pairs of ends of the runs of tokens that are learned.
 
-    `cuts` are pairs too: before which token `cutoff_len` took tokens out, and how many.
+    `cuts` are pairs too: before which token `cutoff_len` took tokens out, and how many. `instead`
+    are pairs of a place and the token that is learned there instead of the one that stands there.
     """
 
     input_ids: np.ndarray  # (T,) int32
     targets: tuple[int, ...]
     cuts: tuple[int, ...] = ()
+    instead: tuple[int, ...] = ()
 
     @property
     def is_truncated(self) -> bool:
@@ -102,11 +106,14 @@ def _supervised_row(ids: np.ndarray, borders: list[int], options: FeatureOptions
         (start, stop, bool(number % 2))
         for number, (start, stop) in enumerate(zip(starts, borders, strict=True))
     ]
-    if len(ids) <= options.cutoff_len:
-        return RowFeatures(ids, _runs(parts, options))
-    parts = _within_budget(parts, options.cutoff_len, last_first=options.mask_history)
-    kept = np.concatenate([ids[start:stop] for start, stop, _ in parts])
-    return RowFeatures(kept, _runs(parts, options), _cuts(parts, len(ids)))
+    room = options.cutoff_len - (options.end_token is not None)
+    cuts: tuple[int, ...] = ()
+    if len(ids) > room:
+        parts = _within_budget(parts, room, last_first=options.mask_history)
+        cuts = _cuts(parts, len(ids))
+        ids = np.concatenate([ids[start:stop] for start, stop, _ in parts])
+    row = RowFeatures(ids, _runs(parts, options), cuts)
+    return row if options.end_token is None else _with_ends(row, parts, options)
 
 
 def _cuts(parts: Sequence[tuple[int, int, bool]], total: int) -> tuple[int, ...]:
@@ -138,6 +145,34 @@ def _runs(parts: Sequence[tuple[int, int, bool]], options: FeatureOptions) -> tu
         else:
             runs += [begin, at]
     return tuple(runs)
+
+
+def _with_ends(
+    row: RowFeatures, parts: Sequence[tuple[int, int, bool]], options: FeatureOptions
+) -> RowFeatures:
+    """A row with the end of each learned response learned: at the token that follows it.
+
+    After the last response the end token stands in the row.
+    """
+    assert options.end_token is not None
+    total = len(row.input_ids)
+    is_target = np.zeros(total + 1, bool)
+    for start, stop in zip(row.targets[::2], row.targets[1::2], strict=True):
+        is_target[start:stop] = True
+    places, at = [], 0
+    for number, (start, stop, is_response) in enumerate(parts):
+        at += stop - start
+        is_last = number == len(parts) - 1
+        if is_response and (is_last or not options.mask_history) and at > 0 and stop > start:
+            is_target[at] = True
+            places += [] if is_last else [at]
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], is_target, [0]])))
+    return RowFeatures(
+        np.append(row.input_ids, np.int32(options.end_token)),
+        tuple(edges.tolist()),
+        row.cuts,
+        tuple(number for place in places for number in (place, options.end_token)),
+    )
 
 
 def _within_budget(
@@ -198,7 +233,7 @@ def prompts(
     for conversation in conversations:
         try:
             *said, _ = conversation.messages
-            prompt = renderer.prompt(said, conversation.system)
+            prompt = renderer.prompt(said, conversation.system, conversation.tools)
             parts += [prompt, renderer.turns(conversation)[-1].target]
         except RowError as error:
             outcomes.append(error)

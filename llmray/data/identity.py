@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llmray.arguments.run import RunArguments
 
 # Raise it with every change of llmray.data that changes what is prepared from the same inputs.
-CODE_VERSION = 1
+CODE_VERSION = 2
 LIBRARIES = ("tokenizers", "transformers")
 KEY_LENGTH = 32
 SETTLED_S = 2.0  # a younger file may change again without its time of change showing it
@@ -141,6 +141,9 @@ def describe(
             "train_on_prompt": data.train_on_prompt,
             "mask_history": data.mask_history,
             "default_system": data.default_system,
+            "tool_format": data.tool_format,
+            "enable_thinking": data.enable_thinking,
+            "preserve_thinking": data.preserve_thinking,
         }
     return found
 

@@ -21,6 +21,7 @@ from llmray.data.templates import Renderer
 from llmray.errors import DataError
 
 if TYPE_CHECKING:
+    from llmray.arguments.data import DataArguments
     from llmray.arguments.run import RunArguments
 
 log = getLogger("llmray")
@@ -124,7 +125,13 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
         tokenizer_json=tokenizer.tokenizer_json(loaded),
         renderer=renderer,
         options=FeatureOptions(
-            data.cutoff_len, data.train_on_prompt, data.mask_history, packing, prefix, suffix
+            data.cutoff_len,
+            data.train_on_prompt,
+            data.mask_history,
+            packing,
+            prefix,
+            suffix,
+            _end_token(data, loaded) if renderer is not None else None,
         ),
         shards=(
             *_hold_out(train, held_out_rows(num_rows, data.val_size, arguments.training.seed)),
@@ -135,6 +142,23 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
         description=job.description,
         judges_responses=arguments.training.predict_with_generate,
     )
+
+
+def _end_token(data: DataArguments, loaded: Any) -> int | None:
+    """The token that ends responses, where the template's text has none.
+
+    Raises:
+        DataError: the prompt is to be learned too, and the token's place is the prompt's.
+    """
+    if data.template is None or not templates.find(data.template).efficient_eos:
+        return None
+    if data.train_on_prompt:
+        raise DataError(
+            f"train_on_prompt=true with template={data.template}: the end of a response is learned "
+            "at the place of the next prompt's first token, which can be learned only once. Set "
+            "train_on_prompt: false, or name another template."
+        )
+    return int(loaded.eos_token_id)
 
 
 def _warn_of_plain_text(name: str | None, end_of_turn: str, loaded: Any) -> None:

@@ -21,10 +21,22 @@ from llmray.data.features import RowFeatures
 
 @dataclass(frozen=True)
 class Sample:
-    """One row: its tokens, and which of them are targets; the first never is."""
+    """One row: its tokens, and which of them are targets; the first never is.
+
+    `instead` has places, and the tokens that are learned there instead of those that stand there.
+    """
 
     input_ids: np.ndarray  # (T,) int32
     target_mask: np.ndarray  # (T,) bool
+    instead: np.ndarray | None = None  # (k, 2) int32
+
+    def target_ids(self) -> np.ndarray:
+        """The tokens that are learned, in their order."""
+        if self.instead is None or not len(self.instead):
+            return self.input_ids[self.target_mask]
+        learned = self.input_ids.copy()
+        learned[self.instead[:, 0]] = self.instead[:, 1]
+        return learned[self.target_mask]
 
 
 def write(path: Path, rows: Sequence[RowFeatures]) -> None:
@@ -36,6 +48,7 @@ def write(path: Path, rows: Sequence[RowFeatures]) -> None:
     columns = {
         "input_ids": _lists([row.input_ids for row in rows]),
         "targets": _lists([np.array(row.targets, np.int32) for row in rows]),
+        "instead": _lists([np.array(row.instead, np.int32) for row in rows]),
         "num_targets": pa.array(np.array([row.num_targets for row in rows], np.int32)),
     }
     batch = pa.record_batch(columns)
@@ -62,6 +75,7 @@ class _Shard:
             batch = ipc.open_file(source).get_batch(0)
         self.ids, self.offsets = _views(batch.column("input_ids"))
         self.runs, self.run_offsets = _views(batch.column("targets"))
+        self.instead, self.instead_offsets = _views(batch.column("instead"))
         self.num_targets = _view(batch.column("num_targets"))
 
 
@@ -129,7 +143,8 @@ class SampleTable:
         runs = shard.runs[shard.run_offsets[row] : shard.run_offsets[row + 1]]
         for start, stop in runs.reshape(-1, 2).tolist():
             mask[start:stop] = True
-        return Sample(ids, mask)
+        instead = shard.instead[shard.instead_offsets[row] : shard.instead_offsets[row + 1]]
+        return Sample(ids, mask, instead.reshape(-1, 2) if len(instead) else None)
 
     def _block(self, index: int) -> Sample:
         start, stop = int(self._bounds[index]), int(self._bounds[index + 1])

@@ -193,9 +193,8 @@ def _check_names(where: str, given: Mapping[str, Any], known: Iterable[str]) -> 
 def _layout(where: str, entry: Mapping[str, Any]) -> RowFormat:
     formatting = entry.get("formatting", "alpaca")
     if formatting not in FORMATTINGS:
-        more = " openai is not built yet." if formatting == "openai" else ""
         raise DataError(
-            f"{where} has formatting={formatting!r}.{more}{nearest(str(formatting), FORMATTINGS)} "
+            f"{where} has formatting={formatting!r}.{nearest(str(formatting), FORMATTINGS)} "
             f"Required: one of {', '.join(FORMATTINGS)}."
         )
     columns = _words(where, entry, "columns", COLUMNS)

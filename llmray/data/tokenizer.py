@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llmray.data import templates
 from llmray.data.chat_template import ChatTemplateRenderer
 from llmray.data.conversation import RowError
+from llmray.data.template_jinja import as_jinja
 from llmray.data.templates import Renderer, Template
 from llmray.errors import DataError, ModelError
 from llmray.model_code import optional_imports
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
     from llmray.arguments.data import DataArguments
     from llmray.arguments.model import ModelArguments
+
+
+NAME_ONE = "Name a template: docs/templates.md lists them by model, for instance template: qwen3."
 
 
 def load_tokenizer(
@@ -70,7 +74,7 @@ def fit(tokenizer: Any, template: Template) -> None:
         tokenizer.eos_token = end
     if not tokenizer.chat_template:
         bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-        tokenizer.chat_template = templates.as_jinja(template, bos, eos)
+        tokenizer.chat_template = as_jinja(template, bos, eos)
 
 
 def is_one_token(tokenizer: Any, text: str) -> bool:
@@ -106,25 +110,55 @@ def renderer(data_args: DataArguments, tokenizer: Any) -> Renderer:
     """
     if data_args.template is not None:
         template = templates.find(data_args.template)
-        return templates.for_tokenizer(template, tokenizer, data_args.default_system)
+        return templates.for_tokenizer(template, tokenizer, data_args)
     if not tokenizer.chat_template:
         raise DataError(
-            "template is not given, and the tokenizer has no chat template of its own. Name one: "
-            f"template: {', '.join(sorted(templates.TEMPLATES))}."
+            f"template is not given, and the tokenizer has no chat template of its own. {NAME_ONE}"
         )
     own = ChatTemplateRenderer(
         tokenizer.get_chat_template(),
         dict(tokenizer.special_tokens_map),
         data_args.default_system,
+        switches(tokenizer.get_chat_template(), data_args),
     )
     try:
         own.check()
     except RowError as error:
-        raise DataError(
-            f"template is not given, and {error} Name one: template: "
-            f"{', '.join(sorted(templates.TEMPLATES))}."
-        ) from error
+        raise DataError(f"template is not given, and {error} {NAME_ONE}") from error
     return own
+
+
+def switches(chat_template: str, data_args: DataArguments) -> dict[str, bool]:
+    """What a tokenizer's own chat template is told of thoughts.
+
+    Raises:
+        DataError: it cannot be told what the run asks for.
+    """
+    told: dict[str, bool] = {}
+    has_thoughts = "think" in chat_template
+    if data_args.tool_format is not None:
+        raise DataError(
+            f"tool_format={data_args.tool_format} needs a template by name: the tokenizer's own "
+            f"chat template has its own text for tools. {NAME_ONE} Or remove tool_format."
+        )
+    if data_args.enable_thinking is not None and "enable_thinking" in chat_template:
+        told["enable_thinking"] = data_args.enable_thinking
+    elif data_args.enable_thinking is False and has_thoughts:
+        raise DataError(
+            "enable_thinking=false, and the tokenizer's own chat template has no switch for it. "
+            f"{NAME_ONE} Or remove enable_thinking."
+        )
+    if data_args.preserve_thinking and has_thoughts:
+        if "clear_thinking" in chat_template:
+            told["clear_thinking"] = False
+        elif "preserve_thinking" in chat_template:
+            told["preserve_thinking"] = True
+        else:
+            raise DataError(
+                "preserve_thinking=true, and the tokenizer's own chat template has no switch for "
+                f"it. {NAME_ONE} Or remove preserve_thinking."
+            )
+    return told
 
 
 def tokenizer_json(tokenizer: Any) -> str:

@@ -14,7 +14,7 @@ import torch
 from llmray import hub
 from llmray.arguments.run import RunArguments
 from llmray.data.conversation import Message, RowError
-from llmray.data.templates import Renderer
+from llmray.data.templates import Renderer, TemplateRenderer
 from llmray.data.tokenizer import load_tokenizer, renderer
 from llmray.errors import DataError
 from llmray.model import load, tuning
@@ -106,6 +106,13 @@ class Answerer:
         return str(
             self.tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
         )
+
+    def said(self, ids: Sequence[int]) -> Message:
+        """A response as the conversation goes on from it."""
+        if not isinstance(self.renderer, TemplateRenderer) or not self.renderer.template.thought:
+            return Message("assistant", self.text(ids, plain=True))
+        # the marks of thoughts are special tokens of some models
+        return self.renderer.read(str(self.tokenizer.decode(ids, skip_special_tokens=False)))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], streamer: BaseStreamer | None = None

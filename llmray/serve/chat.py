@@ -67,7 +67,7 @@ def chat(
             if line and not _obey(line, talk):
                 talk.messages.append(Message("user", line))
                 answer = _answer(answerer, talk, target)
-                talk.messages.append(Message("assistant", answer))
+                talk.messages.append(answer)
     except KeyboardInterrupt:  # while waiting for a message
         print(file=target)
         return INTERRUPTED
@@ -123,8 +123,8 @@ def _obey(line: str, talk: _Conversation) -> bool:
     return True
 
 
-def _answer(answerer: Answerer, talk: _Conversation, target: TextIO) -> str:
-    """Write the answer to the last message, and return its text; Ctrl-C cuts it short."""
+def _answer(answerer: Answerer, talk: _Conversation, target: TextIO) -> Message:
+    """Write the answer to the last message, and return it; Ctrl-C cuts it short."""
     history = talk.messages
     prompt = answerer.prompt_ids(history, talk.system)
     while not answerer.fits(prompt) and len(history) > 1:
@@ -133,18 +133,18 @@ def _answer(answerer: Answerer, talk: _Conversation, target: TextIO) -> str:
         prompt = answerer.prompt_ids(history, talk.system)
     if not answerer.has_room(prompt):
         log.warning("the message leaves no room for an answer: write a shorter one, or /clear")
-        return ""
+        return Message("assistant", "")
     if answerer.sampling.num_beams > 1:  # beams are known only at their end
         [ids] = answerer.generate([prompt])
         print(answerer.text(ids, plain=False), file=target, flush=True)
-        return answerer.text(ids, plain=True)
+        return answerer.said(ids)
     streamer = _Streamer(answerer, target)
     try:
         [ids] = answerer.generate([prompt], streamer)
     except KeyboardInterrupt:
         print(" ...", file=target, flush=True)
-        return streamer.text
-    return answerer.text(ids, plain=True)
+        return Message("assistant", streamer.text)
+    return answerer.said(ids)
 
 
 def _point_to_result(arguments: RunArguments) -> None:

@@ -185,4 +185,10 @@ def stop_ids(model: nn.Module, tokenizer: Any, template: str | None) -> tuple[in
         words = templates.stop_words(templates.find(template), tokenizer.eos_token or "")
         singles = [word for word in words if is_one_token(tokenizer, word)]
         found |= set(tokenizer.convert_tokens_to_ids(singles))
+        for word in set(words) - set(singles):
+            log.warning(
+                "template=%s stops at %s, which is no token of this tokenizer: generation goes on",
+                template,
+                word,
+            )
     return tuple(sorted(token for token in found if token is not None))

@@ -21,7 +21,7 @@ use_reentrant_gc train_from_scratch infer_dtype hf_hub_token print_param_status 
 compute_dtype device_map model_max_length block_diag_attn
 dataset eval_dataset eval_on_each_dataset cutoff_len train_on_prompt mask_history
 overwrite_cache preprocessing_batch_size preprocessing_num_workers max_samples val_size
-default_system
+default_system template tool_format enable_thinking preserve_thinking
 additional_target lora_alpha lora_dropout lora_rank lora_target use_rslora create_new_adapter
 freeze_trainable_layers freeze_trainable_modules freeze_extra_modules pure_bf16 disable_shuffling
 plot_loss
@@ -57,7 +57,6 @@ PARTLY = {
     ),
     "lr_scheduler_type": (["cosine", "linear", "polynomial", "inverse_sqrt"], ["greedy"]),
     "dataset_dir": (["data", "/x"], ["ONLINE", "REMOTE:a/b", {"a": {}}]),
-    "template": (["qwen", None], ["qwen3_nothink", "no such"]),
     "packing": ([False, None], [True]),
     "flash_attn": (["auto", "disabled", "sdpa"], ["fa2", "fa3"]),
     "fsdp": ([None, "", False], ["full_shard auto_wrap", True]),

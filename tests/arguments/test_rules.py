@@ -301,6 +301,16 @@ CASES = {
         ({"device_map": {"": 0, "lm_head": 1}}, {"device_map": {"": 0}}, "lm_head"),
         ({"device_map": {"": "disk"}}, {"device_map": {"": "cpu"}}, "disk"),
     ],
+    "template_is_known": [
+        ({"template": "qwen33"}, {"template": "qwen3"}, "Did you mean qwen3?"),
+        ({"template": "no such"}, {"template": None}, "template=no such is not known. Write"),
+    ],
+    "tool_format_is_known": [
+        ({"tool_format": "qwn", "template": "yi"}, {"tool_format": "qwen"}, "Did you mean qwen?")
+    ],
+    "tool_format_has_a_template": [
+        ({"tool_format": "qwen"}, {"template": "yi"}, "tool_format=qwen without template")
+    ],
     "resources_are_amounts": [
         ({"resources_per_worker": {"GPU": value}}, {"resources_per_worker": {"CPU": 0.5}}, "GPU")
         for value in (-1, "one", True, 0)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -71,3 +73,11 @@ def test_no_rows_are_one_token_without_a_target(flat: bool) -> None:
 def test_a_pad_id_that_is_also_a_target_stays_one() -> None:
     batch = collate([sample([5, 7], [1]), sample([5], [])], flat=False, pad_id=7)
     assert batch.target_ids.tolist() == [7]
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_token_is_learned_where_another_one_stands(flat: bool) -> None:
+    row = replace(SAMPLES[0], instead=np.array([[2, 99]], np.int32))
+    batch = collate([row], flat=flat, pad_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7]]
+    assert batch.target_ids.tolist() == [6, 99]

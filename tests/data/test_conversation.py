@@ -2,9 +2,18 @@ from typing import Any
 
 import pytest
 
-from llmray.data.conversation import Conversation, Message, RowError, RowFormat, to_conversation
+from llmray.data.conversation import (
+    Conversation,
+    Message,
+    RowError,
+    RowFormat,
+    ToolCall,
+    to_conversation,
+)
 
 SHAREGPT = RowFormat("sharegpt")
+OPENAI = RowFormat("openai")
+ADD = ToolCall("add", {"a": 1, "b": "x"})
 
 
 def said(*words: tuple[str, str]) -> tuple[Message, ...]:
@@ -66,12 +75,136 @@ def test_sharegpt_by_other_tags() -> None:
     assert to_conversation(row, layout).messages == said(("user", "q"), ("assistant", "a"))
 
 
-def test_tools_calls_and_results_keep_their_roles() -> None:
-    turns = [("human", "q"), ("function_call", "{}"), ("observation", "o"), ("gpt", "a")]
-    row = {"conversations": [{"from": role, "value": text} for role, text in turns], "t": "[1]"}
+def sharegpt(*turns: tuple[Any, Any], **columns: Any) -> dict[str, Any]:
+    return {"conversations": [{"from": role, "value": text} for role, text in turns], **columns}
+
+
+def openai(*messages: dict[str, Any], **columns: Any) -> dict[str, Any]:
+    return {"messages": list(messages), **columns}
+
+
+@pytest.mark.parametrize(
+    ("text", "beside", "calls"),
+    [
+        ('{"name": "add", "arguments": {"a": 1, "b": "x"}}', "", (ADD,)),
+        ('{"name": "add", "arguments": "{\\"a\\": 1, \\"b\\": \\"x\\"}"}', "", (ADD,)),
+        (
+            '[{"name": "add", "arguments": {"a": 1, "b": "x"}}, {"name": "no"}]',
+            "",
+            (ADD, ToolCall("no", {})),
+        ),
+        (
+            '<think>{hm}</think>\n{"name": "add", "arguments": {"a": 1, "b": "x"}}',
+            "<think>{hm}</think>",
+            (ADD,),
+        ),
+    ],
+)
+def test_a_function_call_is_read_with_what_stands_before_it(
+    text: str, beside: str, calls: tuple[ToolCall, ...]
+) -> None:
+    row = sharegpt(
+        ("human", "q"), ("function_call", text), ("observation", "o"), ("gpt", "a"), t="[1]"
+    )
     found = to_conversation(row, RowFormat("sharegpt", {"tools": "t"}))
     assert [m.role for m in found.messages] == ["user", "function", "observation", "assistant"]
+    assert found.messages[1] == Message("function", beside, calls=calls)
     assert found.tools == "[1]"
+
+
+def test_openai_messages_keep_thoughts_words_beside_calls_and_results() -> None:
+    """Arguments as JSON text and as an object; two results of two calls are one message."""
+    calls = [
+        {
+            "id": "1",
+            "type": "function",
+            "function": {"name": "add", "arguments": '{"a": 1, "b": "x"}'},
+        },
+        {
+            "id": "2",
+            "type": "function",
+            "function": {"name": "add", "arguments": {"a": 1, "b": "x"}},
+        },
+    ]
+    row = openai(
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}]},
+        {"role": "assistant", "content": "Wait.", "reasoning_content": "hm", "tool_calls": calls},
+        {"role": "tool", "content": "1", "tool_call_id": "1"},
+        {"role": "tool", "content": "2", "tool_call_id": "2"},
+        {"role": "assistant", "content": "a", "tool_calls": None},
+        tools=[{"name": "add"}],
+    )
+    assert to_conversation(row, OPENAI) == Conversation(
+        (
+            Message("user", "q!"),
+            Message("function", "Wait.", "hm", (ADD, ADD)),
+            Message("observation", "1\n2", results=("1", "2")),
+            Message("assistant", "a"),
+        ),
+        "s",
+        '[{"name": "add"}]',
+    )
+
+
+def test_openai_calls_may_come_without_words() -> None:
+    call = {"function": {"name": "add", "arguments": ""}}
+    row = openai(
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    )
+    assert to_conversation(row, OPENAI).messages[1] == Message(
+        "function", "", calls=(ToolCall("add", {}),)
+    )
+
+
+@pytest.mark.parametrize("system", [None, "be kind"])
+def test_the_system_message_is_the_rows_own(system: str | None) -> None:
+    first = [{"role": "system", "content": system}] if system else []
+    row = openai(*first, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
+    assert to_conversation(row, OPENAI).system == system
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ({"content": None}, "'content' of message 2 is null"),
+        ({"content": "", "tool_calls": [{"name": "x"}, 3]}, "message 2 has a call int 3"),
+        (
+            {"content": "", "tool_calls": [{"function": {"name": "x", "arguments": "1, 2"}}]},
+            "arguments str '1, 2'",
+        ),
+        ({"content": "a", "reasoning_content": 3}, "'reasoning_content' of message 2 is int 3"),
+        ({"content": [{"type": "image_url"}]}, "training on media is not built yet"),
+    ],
+)
+def test_a_wrong_openai_message_says_what_is_wrong(answer: dict[str, Any], words: str) -> None:
+    row = openai({"role": "user", "content": "q"}, {"role": "assistant", **answer})
+    with pytest.raises(RowError) as error:
+        to_conversation(row, OPENAI)
+    assert words in str(error.value)
+    assert "Required: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("{}", "message 2 has a call dict {}"),
+        ("add(1)", "message 2 has a call str 'add(1)'"),
+        ("[]", "message 2 calls no tool"),
+        ('{"name": "add", "arguments": [1]}', "calls add with arguments list [1]"),
+    ],
+)
+def test_a_wrong_function_call_says_what_is_wrong(call: str, words: str) -> None:
+    with pytest.raises(RowError) as error:
+        to_conversation(sharegpt(("human", "q"), ("function_call", call)), SHAREGPT)
+    assert words in str(error.value)
+
+
+def test_tools_that_are_no_list_are_refused() -> None:
+    row = openai({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, tools=3)
+    with pytest.raises(RowError, match=r"'tools' is int 3\. Required: a list of tools"):
+        to_conversation(row, OPENAI)
 
 
 @pytest.mark.parametrize(

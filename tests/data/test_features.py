@@ -26,7 +26,9 @@ class Letters:
         pairs = zip(conversation.messages[::2], conversation.messages[1::2], strict=True)
         return [Turn(prompt.content, response.content) for prompt, response in pairs]
 
-    def prompt(self, messages: Sequence[Message], system: str | None = None) -> str:
+    def prompt(
+        self, messages: Sequence[Message], system: str | None = None, tools: str | None = None
+    ) -> str:
         return "".join(message.content for message in messages) + "h"
 
 
@@ -175,10 +177,12 @@ def test_a_long_prompt_keeps_its_end_and_a_long_response_its_head() -> None:
 
 def test_prompts_that_cannot_be_written_are_errors_in_their_places() -> None:
     class Refusing(Letters):
-        def prompt(self, messages: Sequence[Message], system: str | None = None) -> str:
+        def prompt(
+            self, messages: Sequence[Message], system: str | None = None, tools: str | None = None
+        ) -> str:
             if messages[0].content == "bad":
                 raise RowError("no")
-            return super().prompt(messages, system)
+            return super().prompt(messages, system, tools)
 
     rows = prompts(
         [dialogue("a", "B"), dialogue("bad", "B"), dialogue("c", "D")],
@@ -229,3 +233,35 @@ def test_a_blank_text_is_empty() -> None:
     [row] = texts([dialogue(" \n")], ENCODER, None, FeatureOptions(4, text_suffix=(1,)))
     assert isinstance(row, RowFeatures)
     assert len(row.input_ids) == 0
+
+
+# --- responses whose end stands nowhere in the text ---------------------------------------------
+
+END = ord("!")
+
+
+def test_an_end_that_is_not_in_the_text_is_learned_where_the_next_prompt_begins() -> None:
+    """Of abCDeFG!, the places 2 to 7 are learned; at 4, where e stands, the end is."""
+    row = build(dialogue("ab", "CD", "e", "FG"), end_token=END)
+    assert shown(row) == ("abCDeFG!", "..CDeFG!")
+    assert row.instead == (4, END)
+
+
+def test_masked_history_learns_no_end_of_an_earlier_response() -> None:
+    row = build(dialogue("ab", "CD", "e", "FG", "h", "I"), end_token=END, mask_history=True)
+    assert shown(row) == ("abCDeFGhI!", "........I!")
+    assert row.instead == ()
+
+
+def test_a_cut_row_has_room_for_its_end() -> None:
+    row = build(dialogue("abc", "DEF", "ghijk", "L", "m", "N"), cutoff_len=11, end_token=END)
+    assert row.is_truncated
+    assert shown(row) == ("abcDEFghiL!", "...DEFg..L!")
+    assert row.instead == (6, END)
+    assert not build(dialogue("abc", "DEF"), cutoff_len=7, end_token=END).is_truncated
+
+
+def test_a_response_that_was_cut_away_has_no_end() -> None:
+    """Room 3 - 1 for 7 and 2: int(2 * 2 / 9) = 0 of the target."""
+    row = build(dialogue("abcdefg", "HI"), cutoff_len=3, end_token=END)
+    assert row.targets == ()

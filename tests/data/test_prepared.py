@@ -391,14 +391,45 @@ def test_ten_wrong_rows_are_said_at_once(
     assert store.list_committed(root) == []
 
 
-def test_a_row_that_the_template_cannot_write_has_its_place(
+def test_an_end_that_is_not_in_the_text_is_learned_from_prepared_data(
     folder: Path, root: Path, tiny_llama_dir: Path
 ) -> None:
-    turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": "{}"}]
+    """Template falcon: Q1 A1 Q2 A2 with the end token once, learned after both answers."""
+    turns = [
+        {"from": ("human", "gpt")[i % 2], "value": text}
+        for i, text in enumerate(("what is it", "a fox", "and it does", "not mind"))
+    ]
     (folder / "other.json").write_text(json.dumps([{"conversations": turns}]))
     info = {"other": {"file_name": "other.json", "formatting": "sharegpt"}}
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    with pytest.raises(DataError, match=r"other.json, row 1 \(line 1\): .*tool calls are not"):
+    keys = {"dataset": "other", "template": "falcon"}
+    [sample] = prepared.open(
+        prepared.ensure(arguments(folder, **keys), tiny_llama_dir, root=root)
+    ).train
+    assert sample.input_ids.tolist().count(2) == 1
+    assert sample.input_ids[-1] == 2
+    assert sample.target_ids().tolist().count(2) == 2
+    masked = prepared.ensure(
+        arguments(folder, **keys, mask_history=True), tiny_llama_dir, root=root
+    )
+    assert prepared.open(masked).train[0].target_ids().tolist().count(2) == 1
+    with pytest.raises(DataError, match="train_on_prompt=true with template=falcon"):
+        prepared.ensure(arguments(folder, **keys, train_on_prompt=True), tiny_llama_dir, root=root)
+
+
+def test_a_row_that_the_template_cannot_write_has_its_place(
+    folder: Path, root: Path, tiny_llama_dir: Path
+) -> None:
+    turns = [
+        {"from": "human", "value": "q"},
+        {"from": "function_call", "value": '{"name": "look_up"}'},
+    ]
+    (folder / "other.json").write_text(json.dumps([{"conversations": turns}]))
+    info = {"other": {"file_name": "other.json", "formatting": "sharegpt"}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(
+        DataError, match=r"other.json, row 1 \(line 1\): .*does not write the calls"
+    ):
         prepared.ensure(arguments(folder, dataset="other"), tiny_llama_dir, root=root)
 
 

@@ -37,6 +37,14 @@ def test_rows_come_back_over_shards(paths: list[str]) -> None:
     ]
 
 
+def test_tokens_that_are_learned_in_the_place_of_others_come_back(tmp_path: Path) -> None:
+    rows = [ROWS[0], RowFeatures(np.array([5, 6, 7], np.int32), (1, 3), (), (2, 9))]
+    shards.write(tmp_path / "a.arrow", rows)
+    table = SampleTable([str(tmp_path / "a.arrow")])
+    assert [table[i].target_ids().tolist() for i in range(2)] == [[6, 7], [6, 9]]
+    assert table[1].input_ids.tolist() == [5, 6, 7]
+
+
 @pytest.mark.parametrize("index", [-1, 3])
 def test_there_is_no_row_beyond(paths: list[str], index: int) -> None:
     with pytest.raises(IndexError):

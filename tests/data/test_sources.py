@@ -59,7 +59,7 @@ def test_a_folder_is_its_files_in_order(folder: Path) -> None:
         ({"file_name": "rows.json", "tags": []}, []),
         ({"file_name": "rows.json", "tags": ["a"]}, ["tags=['a']. Required: an object"]),
         ({"file_name": "rows.json", "formatting": "sharegp"}, ["Did you mean sharegpt?"]),
-        ({"file_name": "rows.json", "formatting": "openai"}, ["openai is not built yet"]),
+        ({"file_name": "rows.json", "formatting": "opena"}, ["Did you mean openai"]),
         ({"file_name": "rows.json", "ranking": True}, ["ranking: true", "pairs of responses"]),
         ({"file_name": "rows.json", "columns": {"kto_tag": "k"}}, ["names a kto_tag"]),
         ({"file_name": "rows.json", "num_samples": 3}, ["num_samples=3", "not built yet"]),
