@@ -150,6 +150,41 @@ def train(words: list[str]) -> int:
     return local.train(arguments)
 
 
+def prepare(words: list[str]) -> int:
+    """Build the run's prepared data and say what it holds; or list and remove what is kept."""
+    _speak()
+    if words and words[0] in ("--list", "--remove"):
+        return _manage_store(words[0], words[1:])
+    arguments = _with_absolute_paths(_load(words))
+    from time import perf_counter
+
+    from llmray import preparation
+
+    started = perf_counter()
+    if arguments.ray_enabled:
+        from llmray.orchestration import train_job
+
+        ref = train_job.prepare(arguments)
+    else:
+        ref = preparation.prepare(arguments)
+    print(preparation.report(ref, perf_counter() - started))
+    return 0
+
+
+def _manage_store(action: str, keys: list[str]) -> int:
+    from llmray import preparation
+
+    if action == "--list" and keys:
+        raise ArgumentsError(f"--list takes no words, found {keys[0]!r}. Leave it out.")
+    if action == "--remove" and not keys:
+        raise ArgumentsError("--remove needs keys. `llmray prepare --list` shows them.")
+    if action == "--list":
+        print(preparation.table(preparation.kept()))
+    for gone in preparation.remove(keys) if keys else ():
+        print(f"removed {gone.key}, {gone.rows} rows")
+    return 0
+
+
 def chat(words: list[str]) -> int:
     """Talk in the terminal to the run's model, with its adapter where one is named."""
     _speak()
@@ -252,6 +287,12 @@ COMMANDS: dict[str, Command] = {
         "check [RUN.yaml] [key=value | --key value ...] [--explain KEY]",
         "say every problem of a run file at once; loads no model, opens no data",
         RUN_FILE_HELP + CHECK_HELP,
+    ),
+    "prepare": Command(
+        prepare,
+        "prepare RUN.yaml [key=value ...] | --list | --remove KEY ...",
+        "build a run's prepared data and say what it holds; list or remove what is kept",
+        RUN_FILE_HELP,
     ),
     "chat": Command(
         chat,

@@ -559,7 +559,13 @@ def device(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> tuple[Any, ...]
     return world.device.type, launch.plan(False, {}, use_cpu=use_cpu), placement.uses_gpu
 
 
+def place_of_data(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> str:
+    root = site.root / "places"
+    return prepared.ensure(site.arguments(keys), site.root / "model", root=root).path
+
+
 SEEN: dict[str, tuple[Any, Any, Seen]] = {
+    "tokenized_path": (..., "@kept-here", place_of_data),
     "device_map": ({"": "cpu"}, {"": 0}, goes),
     "model_max_length": (64, 65, goes),
     "block_diag_attn": (False, True, goes_as_text),
@@ -664,7 +670,25 @@ def initialised(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Keys:
     return given
 
 
+def prepares(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Any:
+    """Who prepares the data of two nodes."""
+    from llmray.orchestration import prepare_job
+    from llmray.orchestration.plan import Node
+
+    ref = prepared.PreparedRef("place", "key", 1, 0, 1, 1)
+    patch.setattr(prepare_job, "ready_here", lambda *given: (Path("model"), ref))
+    patch.setattr(prepare_job, "_prepare_together", lambda *given: "all nodes together")
+    patch.setattr(
+        prepare_job.cluster,
+        "on_nodes",
+        lambda nodes, *given, **named: {n.node_id: True for n in nodes},
+    )
+    nodes = [Node(name, f"127.0.0.{name}", {"CPU": 4.0}) for name in "12"]
+    return prepare_job.prepare(site.arguments(keys), nodes, "1", prepare_job.Environment({}, {}))
+
+
 CLUSTER: dict[str, tuple[Any, Any, Seen]] = {
+    "data_shared_file_system": (False, True, prepares),
     "use_ray": (True, False, enabled),
     "ray_run_name": (..., "named", directory),
     "ray_storage_path": ("/one", "/two", directory),

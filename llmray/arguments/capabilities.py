@@ -153,10 +153,6 @@ NOT_BUILT: dict[str, Gap] = {
             isinstance(value, str) and value != "ONLINE" and not value.startswith("REMOTE:")
         ),
     ),
-    "data_shared_file_system": Gap(
-        "Sharing prepared data between nodes by this key is not built yet: nodes that share "
-        f"LLMRAY_CACHE build it once, others once each. {_REMOVE}"
-    ),
     **_family(f"Streaming is not built yet. {_REMOVE}", "streaming", "buffer_size"),
     **_family(
         f"Interleaving of sets is not built yet; they follow one another. {_REMOVE}",
@@ -168,9 +164,6 @@ NOT_BUILT: dict[str, Gap] = {
         lambda value, flat: value is False or flat["stage"] == "pt",
     ),
     "neat_packing": Gap(f"Packing of conversations is not built yet. {_REMOVE}"),
-    "tokenized_path": Gap(
-        "A place for prepared data is not built yet; it is kept in the cache. Remove the key."
-    ),
     **_family(
         f"Images, video and audio are not built yet. {_REMOVE}",
         "media_dir",

@@ -32,6 +32,9 @@ VARIABLES: dict[str, Variable] = {
     "USE_RAY": Variable("flag", "Train in workers that Ray starts, where use_ray is not given."),
     "LLMRAY_HOME": Variable("path", "Folder that relative paths of a run start from."),
     "LLMRAY_CACHE": Variable("path", "Folder of converted models and prepared data."),
+    "LLMRAY_DRIVER_CACHE": Variable(
+        "path", "Set by a driver for its workers: its LLMRAY_CACHE, where their node has none."
+    ),
     "LLMRAY_DEBUG": Variable("flag", "Show tracebacks."),
     "NO_COLOR": Variable("text", "Any value: nothing is coloured on a terminal."),
     "LLMRAY_PASS_ENV": Variable("names", "Further variables that are passed on to workers."),
@@ -136,9 +139,17 @@ def home(environ: Mapping[str, str]) -> Path | None:
     return path(environ, "LLMRAY_HOME")
 
 
+# how a driver's LLMRAY_CACHE reaches workers
+DRIVER_CACHE = "LLMRAY_DRIVER_CACHE"
+
+
 def cache_directory(environ: Mapping[str, str]) -> Path:
-    """The folder of converted models and prepared data: LLMRAY_CACHE or ~/.cache/llmray."""
-    return path(environ, "LLMRAY_CACHE") or Path.home() / ".cache" / "llmray"
+    """The folder of converted models and prepared data: LLMRAY_CACHE or ~/.cache/llmray.
+
+    A Ray worker without an LLMRAY_CACHE of its node takes the driver's.
+    """
+    named = path(environ, "LLMRAY_CACHE") or path(environ, DRIVER_CACHE)
+    return named or Path.home() / ".cache" / "llmray"
 
 
 def passed_on(environ: Mapping[str, str]) -> tuple[str, ...]:

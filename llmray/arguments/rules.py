@@ -35,8 +35,9 @@ def model_is_named(arguments: RunArguments) -> Iterator[Problem]:
 
 
 def training_needs_data(arguments: RunArguments) -> Iterator[Problem]:
-    """Training needs data."""
-    if arguments.training.do_train and not arguments.data.dataset:
+    """Training needs data, to prepare or prepared."""
+    data = arguments.data
+    if arguments.training.do_train and not data.dataset and not data.tokenized_path:
         yield Problem(
             ("do_train", "dataset"),
             "do_train=true, but no dataset is given. Write dataset: with names that stand in "

@@ -74,6 +74,7 @@ class Plan:
     shards: tuple[Shard, ...] = field(repr=False)
     block_len: int | None
     batch_size: int
+    names: tuple[str, ...]  # of the sets
     description: dict[str, Any] = field(repr=False)
     judges_responses: bool = False
 
@@ -139,6 +140,7 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
         ),
         block_len=data.cutoff_len if packing else None,
         batch_size=data.preprocessing_batch_size,
+        names=tuple(dataset.name for dataset in [*job.train, *job.evaluation]),
         description=job.description,
         judges_responses=arguments.training.predict_with_generate,
     )

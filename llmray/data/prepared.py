@@ -10,12 +10,13 @@ shard is never built again: a build that was killed goes on where it was.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from llmray.arguments.run import RunArguments
 
 __all__ = [
+    "BuildShards",
     "Plan",
     "Prepared",
     "PreparedRef",
@@ -39,9 +41,12 @@ __all__ = [
     "ShardReport",
     "build_shard",
     "commit",
+    "differences",
     "ensure",
+    "has_sources",
     "key_of",
     "open",
+    "place_here",
     "plan",
     "verify",
 ]
@@ -50,6 +55,12 @@ log = getLogger("llmray")
 
 KIND = "prepared data"
 build_shard = build.build_shard
+
+# what of a description follows from the data sets' files
+OF_SOURCES = ("sets", "eval_sets")
+
+# builds the shards of a plan, wherever it likes, and yields their reports in any order
+BuildShards = Callable[[Plan], Iterable[ShardReport]]
 
 
 @dataclass(frozen=True)
@@ -78,38 +89,65 @@ class Prepared:
 
 
 def ensure(
-    arguments: RunArguments, model_dir: Path | str, *, root: Path, run_token: str | None = None
+    arguments: RunArguments,
+    model_dir: Path | str,
+    *,
+    root: Path,
+    run_token: str | None = None,
+    build_shards: BuildShards | None = None,
 ) -> PreparedRef:
     """The prepared data of a run, built if it is not there.
 
     Processes that come at the same time build it once. With `overwrite_cache` it is built anew,
-    once for all calls of the same run.
+    once for all calls of the same run. `tokenized_path` is its place where that is given.
 
     Args:
         arguments: of the run.
         model_dir: the folder of the tokenizer.
         root: where prepared data lies.
         run_token: a name of this run for `overwrite_cache`; the ranks of torchrun know their own.
+        build_shards: who builds the shards; None is this process, or processes of its own.
 
     Raises:
-        DataError: a set, a file or a row is missing or wrong.
+        DataError: a set, a file or a row is missing or wrong, or what lies at `tokenized_path` was
+            prepared from other inputs.
         StoreError: the data cannot be written.
     """
     root, model_dir = Path(root), Path(model_dir)
+    data = arguments.data
+    if data.tokenized_path and not data.overwrite_cache:
+        kept = _kept_at(data.tokenized_path, arguments, model_dir, root)
+        if kept is not None:
+            return kept
     inputs = _inputs(arguments, model_dir, root)
-    target = str(root / inputs.key)
+    target = data.tokenized_path or str(root / inputs.key)
     token = run_token or _run_token()
-    if not arguments.data.overwrite_cache and store.is_committed(target):
-        return _ref(target)
-    with _locked(root / f"{inputs.key}.lock"):
+    if not data.overwrite_cache and store.is_committed(target):
+        return _used(target)
+    with _locked(Path(f"{target}.lock")):
         if store.is_committed(target) and not (
-            arguments.data.overwrite_cache and _metadata(target)["run_token"] != token
+            data.overwrite_cache and _metadata(target)["run_token"] != token
         ):
-            return _ref(target)
-        if arguments.data.overwrite_cache:
+            return _used(target)
+        if data.overwrite_cache:
             store.remove(planning.staging_of(target))
-        _build(inputs, arguments, model_dir, target, token)
+        _build(inputs, arguments, model_dir, target, token, build_shards)
     return _ref(target)
+
+
+def has_sources(arguments: RunArguments, *, root: Path) -> bool:
+    """Whether this machine sees the files of all the run's sets."""
+    try:
+        _sets(arguments, root)
+    except DataError:
+        return False
+    return True
+
+
+def place_here(ref: PreparedRef, root: Path) -> PreparedRef:
+    """The same prepared data where this machine has it: below `root`, else where `ref` says."""
+    own = str(root / ref.key)
+    return replace(ref, path=own) if own != ref.path and store.is_committed(own) else ref
 
 
 def key_of(arguments: RunArguments, model_dir: Path | str, *, root: Path) -> str:
@@ -149,6 +187,7 @@ def commit(plan: Plan, *, run_token: str | None = None) -> PreparedRef:
         "block_len": plan.block_len,
         "tables": build.tables(plan, reports),
         "counts": counts,
+        "names": list(plan.names),
         "inputs": plan.description,
     }
     trains = any(shard.table == planning.TRAIN for shard in plan.shards)
@@ -198,7 +237,64 @@ class _Inputs:
     key: str
 
 
-def _inputs(arguments: RunArguments, model_dir: Path, root: Path) -> _Inputs:
+def _kept_at(
+    place: str, arguments: RunArguments, model_dir: Path, root: Path
+) -> PreparedRef | None:
+    """What lies at `tokenized_path`, if anything does; fails if it was made from other inputs."""
+    if store.is_uri(place):
+        raise DataError(
+            f"tokenized_path={place} is a URI, and prepared data is mapped into memory. Required: "
+            "a directory of a file system, which may be a shared one."
+        )
+    if not store.is_committed(place):
+        if os.path.isdir(place) and os.listdir(place):
+            raise DataError(
+                f"tokenized_path={place} holds files, and no data that llmray prepared. Required: "
+                "such data, or a place that is empty or not there. Choose another directory."
+            )
+        return None
+    theirs = dict(_metadata(place)["inputs"])
+    if has_sources(arguments, root=root):
+        ours = _inputs(arguments, model_dir, root).description
+    else:
+        ours = _describe(arguments, model_dir, [], [], root)
+        for name in OF_SOURCES:
+            ours.pop(name, None)
+            theirs.pop(name, None)
+        log.info(
+            "tokenized_path=%s is used as it is: the data sets it was made from are not here, so "
+            "only the settings and the tokenizer were compared",
+            place,
+        )
+    wrong = differences(theirs, ours)
+    if wrong:
+        raise DataError(
+            f"tokenized_path={place} was prepared from other inputs: {'; '.join(wrong)}. Required: "
+            "the same. Name another directory, take these settings back, or set overwrite_cache: "
+            "true to prepare it anew."
+        )
+    return _used(place)
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """What of two fingerprints differs, each in a few words: theirs there, ours here."""
+    names = sorted({*theirs, *ours})
+    return [
+        f"{name} {_short(theirs.get(name))} there, {_short(ours.get(name))} here"
+        for name in names
+        if json.dumps(theirs.get(name), sort_keys=True)
+        != json.dumps(ours.get(name), sort_keys=True)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 60 else f"{text[:50]}… ({identity.key_of({'': value})[:8]})"
+
+
+def _sets(
+    arguments: RunArguments, root: Path
+) -> tuple[list[sources.DataSet], list[sources.DataSet]]:
     data = arguments.data
     # a run that only evaluates opens rows to train on where some of them are set aside
     names = data.dataset if arguments.training.do_train or data.val_size else ()
@@ -211,9 +307,24 @@ def _inputs(arguments: RunArguments, model_dir: Path, root: Path) -> _Inputs:
         )
     train = sources.open_sets(names, data.dataset_dir, hub_root=root / "hub")
     evaluation = sources.open_sets(data.eval_dataset, data.dataset_dir, hub_root=root / "hub")
-    digests = identity.Digests(root / "digests")
-    description = identity.describe(arguments, model_dir, train, evaluation, digests)
+    return train, evaluation
+
+
+def _inputs(arguments: RunArguments, model_dir: Path, root: Path) -> _Inputs:
+    train, evaluation = _sets(arguments, root)
+    description = _describe(arguments, model_dir, train, evaluation, root)
     return _Inputs(train, evaluation, description, identity.key_of(description))
+
+
+def _describe(
+    arguments: RunArguments,
+    model_dir: Path,
+    train: list[sources.DataSet],
+    evaluation: list[sources.DataSet],
+    root: Path,
+) -> dict[str, Any]:
+    digests = identity.Digests(root / "digests")
+    return identity.describe(arguments, model_dir, train, evaluation, digests)
 
 
 def _plan(inputs: _Inputs, arguments: RunArguments, model_dir: Path, target: str) -> Plan:
@@ -227,26 +338,38 @@ def _plan(inputs: _Inputs, arguments: RunArguments, model_dir: Path, target: str
 
 
 def _build(
-    inputs: _Inputs, arguments: RunArguments, model_dir: Path, target: str, token: str
+    inputs: _Inputs,
+    arguments: RunArguments,
+    model_dir: Path,
+    target: str,
+    token: str,
+    build_shards: BuildShards | None,
 ) -> None:
     started = time.perf_counter()
     store.sweep(Path(target).parent)
     made = _plan(inputs, arguments, model_dir, target)
-    _build_shards(made, arguments.data.preprocessing_num_workers or 1)
+    with store.explained(made.staging):
+        Path(made.staging).mkdir(parents=True, exist_ok=True)
+    store.sweep(made.staging)
+    if build_shards is None:
+        reports = _build_here(made, arguments.data.preprocessing_num_workers or 1)
+    else:
+        reports = build_shards(made)
+    _refuse_wrong_rows(reports)
     commit(made, run_token=token)
     _report(_metadata(target)["counts"], time.perf_counter() - started)
 
 
-def _build_shards(made: Plan, num_workers: int) -> None:
+def _build_here(made: Plan, num_workers: int) -> Iterable[ShardReport]:
     """Build all shards that are not finished, in this process or in several."""
-    with store.explained(made.staging):
-        Path(made.staging).mkdir(parents=True, exist_ok=True)
-    store.sweep(made.staging)
     num_workers = min(num_workers, len(made.shards))
     if num_workers > 1:
-        reports = workers.build_shards(made, num_workers)
-    else:
-        reports = (build_shard(made, index) for index in range(len(made.shards)))
+        return workers.build_shards(made, num_workers)
+    return (build_shard(made, index) for index in range(len(made.shards)))
+
+
+def _refuse_wrong_rows(reports: Iterable[ShardReport]) -> None:
+    """Take all reports, or as many as show enough wrong rows to say."""
     wrong: list[ShardReport] = []
     for report in reports:
         if report.problems:
@@ -292,6 +415,13 @@ def _ref(path: str) -> PreparedRef:
         num_targets=counts["targets"],
         fingerprint=metadata["inputs"],
     )
+
+
+def _used(path: str) -> PreparedRef:
+    """`_ref`, and the time of this use kept, as far as this user may write it."""
+    with suppress(OSError):
+        os.utime(store.join(path, store.MANIFEST))
+    return _ref(path)
 
 
 _calls = 0

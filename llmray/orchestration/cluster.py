@@ -247,7 +247,9 @@ def split_environment(environ: Mapping[str, str]) -> tuple[dict[str, str], dict[
         if not (is_named or name.startswith(environment.PASSED_PREFIXES)):
             continue
         is_secret = SECRET_NAME.search(name) or SECRET_VALUE.search(value)
-        (secrets if is_secret else open_vars)[name] = value
+        # a node that has a cache of its own keeps it
+        passed_as = environment.DRIVER_CACHE if name == "LLMRAY_CACHE" else name
+        (secrets if is_secret else open_vars)[passed_as] = value
     return open_vars, secrets
 
 

@@ -1,22 +1,29 @@
 """Model and data made ready on the nodes, once, before any worker exists.
 
 The driver's node first, if it can hold a worker, in the driver itself. Other nodes then find what
-was made, where they share the cache; where they do not, each makes its own as a task.
+was made, where they share the cache; where they do not, each makes its own as a task, and a node
+that does not see the data files gets what was made sent. With `data_shared_file_system: true` the
+shards of the one build are made by tasks on all nodes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from llmray import hub
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from llmray import hub, store
 from llmray.arguments import environment
 from llmray.data import prepared
-from llmray.errors import ClusterError
+from llmray.errors import ClusterError, LlmrayError
 from llmray.orchestration import cluster
 from llmray.orchestration.plan import Node
 
@@ -53,6 +60,8 @@ def prepare(
         ClusterError: nodes came to different data.
     """
     others = [node for node in nodes if node.node_id != driver_node]
+    if arguments.data.data_shared_file_system and others:
+        return _prepare_together(arguments, nodes, others, environ)
     if len(others) < len(nodes):
         first = ready_here(arguments, {})
     else:
@@ -60,16 +69,136 @@ def prepare(
     if not others:
         return first[1]
     # where the cache is shared they have it now, and the rest need not even look for it
-    seen = cluster.on_nodes(others, _has, [str(first[0]), first[1].path])
-    rest = _on_nodes(arguments, [node for node in others if not seen[node.node_id]], environ)
-    keys = {ref.key for _, ref in [first, *rest]}
-    if len(keys) > 1:
-        raise ClusterError(
-            f"The data set comes out differently on {len(nodes)} nodes: keys "
-            f"{', '.join(sorted(key[:12] for key in keys))}. All nodes need the same data files, "
-            "model and llmray: put them on shared storage."
-        )
+    seen = cluster.on_nodes(
+        others, _has, str(first[0]), first[1], arguments.data.tokenized_path, **_with(environ)
+    )
+    rest = [node for node in others if not seen[node.node_id]]
+    blind = _blind(arguments, rest, environ) if len(others) < len(nodes) else []
+    made = _on_nodes(arguments, [node for node in rest if node not in blind], environ)
+    _compare([first[1], *(ref for _, ref in made)], len(nodes))
+    for node in blind:
+        _send(first[1], node, environ, arguments.data.tokenized_path)
     return first[1]
+
+
+def _prepare_together(
+    arguments: RunArguments, nodes: Sequence[Node], others: Sequence[Node], environ: Environment
+) -> prepared.PreparedRef:
+    """One build for the cluster, whose shards are made by tasks on all `nodes`."""
+    place = arguments.data.tokenized_path
+    shared = store.parent(place) if place else str(prepared_root())
+    Path(shared).mkdir(parents=True, exist_ok=True)
+    cluster.check_visible(others, shared, "tokenized_path" if place else "LLMRAY_CACHE")
+    _, ref = ready_here(arguments, {}, _Spread(nodes, environ))
+    seen = cluster.on_nodes(others, os.path.isdir, ref.path)
+    if not all(seen.values()):
+        raise ClusterError(
+            f"data_shared_file_system=true, but {ref.path} is not seen by all nodes. Required: one "
+            "file system on all of them. Mount it, or set data_shared_file_system: false."
+        )
+    return ref
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """Builds the shards of a plan by tasks, dealt over nodes."""
+
+    nodes: Sequence[Node]
+    environ: Environment
+
+    def __call__(self, plan: prepared.Plan) -> Iterator[prepared.ShardReport]:
+        """The reports, as they come.
+
+        Raises:
+            LlmrayError: what a task raised.
+            ClusterError: a task was lost more often than Ray repeats it.
+        """
+        shared = ray.put(plan)
+        task = ray.remote(_build_shard)
+        waiting = [
+            task.options(
+                num_cpus=1,
+                max_retries=3,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=True),
+                runtime_env={"env_vars": dict(self.environ.open_vars)},
+            ).remote(shared, index)
+            for index, node in zip(range(len(plan.shards)), self._turns(), strict=False)
+        ]
+        where: Counter[str] = Counter()
+        while waiting:
+            [done], waiting = ray.wait(waiting, num_returns=1)
+            report, address = _result(done)
+            where[address] += 1
+            yield report
+        said = ", ".join(f"{count} on {address}" for address, count in sorted(where.items()))
+        log.info("data: %d shard(s) prepared by the cluster: %s", len(plan.shards), said)
+
+    def _turns(self) -> Iterator[Node]:
+        able = [node for node in self.nodes if node.resources.get("CPU", 0) >= 1]
+        while True:
+            yield from able or self.nodes
+
+
+def _result(done: Any) -> tuple[prepared.ShardReport, str]:
+    try:
+        report, address = ray.get(done)
+    except RayTaskError as error:
+        if isinstance(error.cause, LlmrayError):
+            raise error.cause from None
+        raise
+    except RayError as error:
+        raise ClusterError(
+            f"A task that prepared data was lost: {type(error).__name__}. Required: nodes that "
+            "stay. Run again; finished shards are kept."
+        ) from error
+    return report, address
+
+
+def _build_shard(plan: prepared.Plan, index: int) -> tuple[prepared.ShardReport, str]:
+    return prepared.build_shard(plan, index), ray.util.get_node_ip_address()
+
+
+def _compare(refs: Sequence[prepared.PreparedRef], num_nodes: int) -> None:
+    """Fail where nodes came to different data; says what differs."""
+    first = refs[0]
+    for ref in refs[1:]:
+        if ref.key != first.key:
+            wrong = "; ".join(prepared.differences(first.fingerprint, ref.fingerprint))
+            raise ClusterError(
+                f"The data set comes out differently on {num_nodes} nodes: {wrong}. All nodes need "
+                "the same data files, model and llmray: put them on shared storage."
+            )
+
+
+def _blind(arguments: RunArguments, nodes: Sequence[Node], environ: Environment) -> list[Node]:
+    """Those of the nodes that do not see the data sets' files."""
+    seen = cluster.on_nodes(nodes, _sees, arguments, **_with(environ))
+    return [node for node in nodes if not seen[node.node_id]]
+
+
+def _sees(arguments: RunArguments) -> bool:
+    return prepared.has_sources(arguments, root=prepared_root())
+
+
+def _send(ref: prepared.PreparedRef, node: Node, environ: Environment, place: str | None) -> None:
+    """Copy prepared data from here to a node, file by file, committed there as it is here."""
+    names = [*store.read_manifest(ref.path).files, store.MANIFEST]
+    for name in names:
+        content = ray.put(Path(ref.path, name).read_bytes())
+        words = (place, ref.key, name, content)
+        cluster.on_nodes([node], _receive, *words, env_vars=environ.open_vars, timeout_s=None)
+    size = sum(Path(ref.path, name).stat().st_size for name in names)
+    log.info(
+        "node %s does not see the data files: %d files of prepared data were sent, %.1f MB",
+        node.address,
+        len(names),
+        size / 1e6,
+    )
+
+
+def _receive(place: str | None, key: str, name: str, content: bytes) -> None:
+    """Write one file of prepared data; its manifest comes last, and is the commit."""
+    store.write_atomic((Path(place) if place else prepared_root() / key) / name, content)
 
 
 def _on_nodes(
@@ -86,17 +215,27 @@ def _on_nodes(
     return list(found.values())
 
 
-def _has(paths: Sequence[str]) -> bool:
-    return all(os.path.isdir(path) for path in paths)
+def _has(model_dir: str, ref: prepared.PreparedRef, tokenized_path: str | None) -> bool:
+    """Whether this node has the model and, in its own store, the prepared data."""
+    place = tokenized_path or store.join(str(prepared_root()), ref.key)
+    return os.path.isdir(model_dir) and store.is_committed(place)
+
+
+def _with(environ: Environment) -> dict[str, Any]:
+    """How tasks that look into a node's store are called."""
+    return {"env_vars": environ.open_vars}
 
 
 def ready_here(
-    arguments: RunArguments, secrets: Mapping[str, str]
+    arguments: RunArguments,
+    secrets: Mapping[str, str],
+    build_shards: prepared.BuildShards | None = None,
 ) -> tuple[Path, prepared.PreparedRef]:
     """Resolve the model and build the prepared data set on this machine."""
     os.environ.update(secrets)
     model_dir = hub.resolve(arguments.model.model_name_or_path, arguments.model)
-    return model_dir, prepared.ensure(arguments, model_dir, root=prepared_root())
+    root = prepared_root()
+    return model_dir, prepared.ensure(arguments, model_dir, root=root, build_shards=build_shards)
 
 
 def prepared_root() -> Path:

@@ -43,6 +43,7 @@ from llmray.train.parallel import backend
 
 if TYPE_CHECKING:
     from llmray.arguments.run import RunArguments
+    from llmray.data.prepared import PreparedRef
 
 log = getLogger("llmray")
 
@@ -81,6 +82,29 @@ def train(arguments: RunArguments, *, core: Callable[..., Any] | None = None) ->
         return EXIT_CODES[stop.reason]
     finally:
         ray.shutdown()
+
+
+def prepare(arguments: RunArguments) -> PreparedRef:
+    """Prepare the run's data on the cluster as `train` does, and nothing else.
+
+    Raises:
+        LlmrayError: with one message for the user.
+    """
+    joined = cluster.connect(arguments.cluster)
+    try:
+        log.info("%s", joined)
+        nodes = list(cluster.inventory().nodes)
+        here = ray.get_runtime_context().get_node_id()
+        return prepare_job.prepare(arguments, nodes, here, _tasks_environment(joined.is_ours))
+    finally:
+        ray.shutdown()
+
+
+def _tasks_environment(is_ours: bool) -> prepare_job.Environment:
+    """What tasks get of this process's environment; in a cluster of its own they have it."""
+    return prepare_job.Environment(
+        *(({}, {}) if is_ours else cluster.split_environment(os.environ))
+    )
 
 
 def run_directory(arguments: RunArguments) -> str:
@@ -199,8 +223,7 @@ class _Driver:
         nodes = nodes or list(inventory.nodes)
         here = ray.get_runtime_context().get_node_id()
         self._check([node for node in nodes if node.node_id != here])
-        open_vars, secrets = ({}, {}) if self.is_ours else cluster.split_environment(os.environ)
-        tasks_see = prepare_job.Environment(open_vars, secrets)
+        tasks_see = _tasks_environment(self.is_ours)
         with self.signals.interrupting():
             prepared = prepare_job.prepare(arguments, nodes, here, tasks_see)
         self._clear_run_dir()
@@ -210,13 +233,13 @@ class _Driver:
             prepared=prepared,
             threads=placement.resources.get("CPU"),
             uses_gpu=placement.uses_gpu,
-            secrets=secrets,
+            secrets=dict(tasks_see.secrets),
             core=self.core,
             log_level=log.getEffectiveLevel(),
         )
         board = boards.create()
         ray.get(board.give.remote(job))
-        self._fit(self._trainer(placement, inventory, board, open_vars), board)
+        self._fit(self._trainer(placement, inventory, board, dict(tasks_see.open_vars)), board)
         self._leave_files()
         stopped: str | None = ray.get(board.outcome.remote())
         if stopped is not None:
@@ -234,9 +257,6 @@ class _Driver:
             value = getattr(model, key)
             for path in [value] if isinstance(value, str) else value or []:
                 cluster.check_exists(nodes, path, key)
-        dataset_dir = self.arguments.data.dataset_dir
-        if isinstance(dataset_dir, str):
-            cluster.check_exists(nodes, dataset_dir, "dataset_dir")
 
     def _clear_run_dir(self) -> None:
         training = self.arguments.training

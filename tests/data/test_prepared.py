@@ -621,3 +621,54 @@ def test_a_token_that_the_tokenizer_lacks_and_unread_columns_are_said(
     said = "\n".join(caplog.messages)
     assert "template=llama3 ends responses with <|eot_id|>, which is no token" in said
     assert "rows: stage pt learns the text of column instruction alone, not that of output" in said
+
+
+def test_tokenized_path_is_the_place_and_is_only_taken_with_the_same_inputs(
+    folder: Path, root: Path, tiny_llama_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = folder / "kept" / "tokens"
+    keys = {"tokenized_path": str(place)}
+    ref = prepared.ensure(arguments(folder, **keys), tiny_llama_dir, root=root)
+    assert ref.path == str(place)
+    assert files_of(ref.path) == files_of(
+        prepared.ensure(arguments(folder), tiny_llama_dir, root=root).path
+    )
+    assert prepared.ensure(arguments(folder, **keys), tiny_llama_dir, root=root) == ref
+    with pytest.raises(DataError, match="cutoff_len 64 there, 32 here"):
+        prepared.ensure(arguments(folder, **keys, cutoff_len=32), tiny_llama_dir, root=root)
+    with pytest.raises(DataError, match=r"sets .* there, .* here"):
+        prepared.ensure(arguments(folder, **keys, dataset="other"), tiny_llama_dir, root=root)
+    anew = {**keys, "cutoff_len": 32, "overwrite_cache": True}
+    assert prepared.ensure(arguments(folder, **anew), tiny_llama_dir, root=root).key != ref.key
+    (folder / "rows.jsonl").unlink()
+    same = {**keys, "cutoff_len": 32}
+    caplog.set_level("INFO", "llmray")
+    found = prepared.ensure(arguments(folder, **same), tiny_llama_dir, root=root)
+    assert found.path == str(place)
+    assert "are not here, so only the settings and the tokenizer were compared" in caplog.text
+    with pytest.raises(DataError, match="cutoff_len 32 there, 64 here"):
+        prepared.ensure(arguments(folder, **keys), tiny_llama_dir, root=root)
+
+
+def test_tokenized_path_that_holds_something_else_is_refused(
+    folder: Path, root: Path, tiny_llama_dir: Path
+) -> None:
+    with pytest.raises(DataError, match="holds files, and no data that llmray prepared"):
+        prepared.ensure(arguments(folder, tokenized_path=str(folder)), tiny_llama_dir, root=root)
+    with pytest.raises(DataError, match="is a URI, and prepared data is mapped into memory"):
+        prepared.ensure(
+            arguments(folder, tokenized_path="s3://bucket/tokens"), tiny_llama_dir, root=root
+        )
+
+
+def test_prepared_data_is_found_where_this_machine_has_it(
+    folder: Path, root: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    ref = prepared.ensure(arguments(folder), tiny_llama_dir, root=root)
+    own = tmp_path / "own"
+    assert prepared.place_here(ref, own) == ref
+    theirs = prepared.ensure(arguments(folder), tiny_llama_dir, root=own)
+    assert prepared.place_here(ref, own) == theirs
+    (folder / "rows.jsonl").unlink()
+    assert not prepared.has_sources(arguments(folder), root=root)
+    assert prepared.has_sources(arguments(folder, dataset="other"), root=root)

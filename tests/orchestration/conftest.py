@@ -50,7 +50,7 @@ def ray_cluster(ray_home):
 
 
 @contextmanager
-def start_cluster(words, **environ):
+def start_cluster(words, cwd=None, **environ):
     """Address, session directory and dashboard of a cluster that ends with the block."""
     starter = Path(__file__).with_name("start_cluster.py")
     with subprocess.Popen(
@@ -59,6 +59,7 @@ def start_cluster(words, **environ):
         stdout=subprocess.PIPE,
         env={**os.environ, **environ},
         text=True,
+        cwd=cwd,
     ) as process:
         found = process.stdout.readline().split()
         assert found, "the cluster did not start"
@@ -207,9 +208,12 @@ def launch_words():
 
 @pytest.fixture(scope="session")
 def launch(ray_home, run_keys, tmp_path_factory, launch_words):
-    """Starts `llmray train` with these keys; `name` is the last part of output_dir."""
+    """Starts `llmray COMMAND` with these keys; `name` is the last part of output_dir.
 
-    def start(name, *, address, environ=None, **keys):
+    `before` are lines of Python that the driver runs first.
+    """
+
+    def start(name, *, address, environ=None, command="train", before="pass", **keys):
         home = tmp_path_factory.mktemp("launch")
         merged = {**run_keys, "output_dir": str(home.parent / "out" / name), **keys}
         file = home / "run.yaml"
@@ -217,7 +221,9 @@ def launch(ray_home, run_keys, tmp_path_factory, launch_words):
         variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})}
         if address:
             variables["RAY_ADDRESS"] = address
-        return launch_words([sys.executable, "-m", "llmray", "train", str(file)], variables, merged)
+        main = f"import sys\n{before}\nfrom llmray import cli\nsys.exit(cli.main())"
+        words = [sys.executable, "-c", main, command, str(file)]
+        return launch_words(words, variables, merged)
 
     return start
 

@@ -1,8 +1,11 @@
 """Starts a Ray cluster of several nodes on this machine, until its standard input ends.
 
-python start_cluster.py [--dashboard] CORES ADDRESS...
+python start_cluster.py [--dashboard] CORES ADDRESS[=CACHE]...
+
+CACHE is the LLMRAY_CACHE of that node; others have none of their own.
 """
 
+import os
 import sys
 
 from ray.cluster_utils import Cluster
@@ -13,13 +16,16 @@ def main() -> None:
     has_dashboard = words[0] == "--dashboard"
     cores, *others = words[has_dashboard:]
     options = {"num_cpus": int(cores), "object_store_memory": 100 * 2**20}
+    os.environ.pop("LLMRAY_CACHE", None)  # what a node has is its own
     cluster = Cluster(
         initialize_head=True,
         # not on 127.0.0.1: drivers take that for the machine's address
         head_node_args={**options, "include_dashboard": has_dashboard},
     )
-    for address in others:
-        cluster.add_node(**options, node_ip_address=address)
+    for other in others:
+        address, _, cache = other.partition("=")
+        own = {"env_vars": {"LLMRAY_CACHE": cache}} if cache else {}
+        cluster.add_node(**options, node_ip_address=address, **own)
     cluster.wait_for_nodes(timeout=120)
     print(cluster.address, cluster.head_node.get_session_dir_path(), cluster.webui_url, flush=True)
     sys.stdin.read()
