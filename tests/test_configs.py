@@ -38,6 +38,8 @@ def test_there_is_a_config_for_each_way_to_run() -> None:
     runs = {path.stem: load(path, environ={}) for path in CONFIGS}
     ways = {(run.finetuning.stage, run.finetuning.finetuning_type) for run in runs.values()}
     assert {("pt", "lora"), ("sft", "lora"), ("sft", "full"), ("sft", "freeze")} <= ways
+    evaluates = runs["evaluate_lora"].training
+    assert (evaluates.do_train, evaluates.do_eval) == (False, True)
     assert runs["sft_lora_ray_cpu"].cluster.resources == {"CPU": 1}
     on_gpus = runs["sft_lora_ray_gpu"].cluster
     assert (on_gpus.num_workers, on_gpus.resources) == (4, {"GPU": 1})
@@ -58,6 +60,46 @@ def real_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return gguf.parent, tmp_path_factory.mktemp("cache")
 
 
+def run_shortly(path: Path, model: Path, cache: Path, folder: Path) -> Path:
+    """The output of a config: two updates or few rows, all short; the rest as the file says."""
+    arguments = load(path, environ={})
+    words: dict[str, object] = {
+        "model_name_or_path": model,
+        "dataset_dir": ROOT / "data",
+        "output_dir": folder / "out",
+        "cutoff_len": 64,
+        "max_samples": 40,
+    }
+    if arguments.training.do_train:
+        words |= {"max_steps": 2, "per_device_train_batch_size": 1, "save_strategy": "no"}
+        words |= {"gradient_accumulation_steps": 1}
+    else:
+        words |= {"max_samples": 4}
+    if arguments.training.predict_with_generate:
+        words |= {"max_new_tokens": 8}
+    if arguments.model.adapter_name_or_path:
+        trained = run_shortly(ROOT / "configs" / "sft_lora.yaml", model, cache, folder / "before")
+        words["adapter_name_or_path"] = trained
+    if arguments.ray_enabled:
+        words["ray_storage_path"] = folder / "ray"
+    folder.mkdir(exist_ok=True)
+    environ = {**os.environ, "LLMRAY_CACHE": str(cache), "RAY_AUTH_MODE": "disabled"}
+    environ["PYTHONPATH"] = str(ROOT)
+    environ.pop("RAY_ADDRESS", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmray", "train", str(path)]
+        + [f"{key}={value}" for key, value in words.items()],
+        cwd=folder,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return folder / "out"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
@@ -66,42 +108,18 @@ def real_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_config_runs_on_the_real_model(
     path: Path, real_model: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Two updates on short rows, the rest as the file says."""
-    model, cache = real_model
-    arguments = load(path, environ={})
-    words = {
-        "model_name_or_path": model,
-        "dataset_dir": ROOT / "data",
-        "output_dir": tmp_path / "out",
-        "cutoff_len": 64,
-        "max_samples": 40,
-    }
-    if arguments.training.do_train:
-        words |= {"max_steps": 2, "per_device_train_batch_size": 1, "save_strategy": "no"}
-        words |= {"gradient_accumulation_steps": 1}
-    if arguments.ray_enabled:
-        words["ray_storage_path"] = tmp_path / "ray"
-    environ = {**os.environ, "LLMRAY_CACHE": str(cache), "RAY_AUTH_MODE": "disabled"}
-    environ.pop("RAY_ADDRESS", None)
-    done = subprocess.run(
-        [sys.executable, "-m", "llmray", "train", str(path)]
-        + [f"{key}={value}" for key, value in words.items()],
-        cwd=tmp_path,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    if arguments.training.do_train:
-        results = json.loads((tmp_path / "out" / "train_results.json").read_text())
+    options = load(path, environ={}).training
+    output = run_shortly(path, *real_model, tmp_path)
+    if options.do_train:
+        results = json.loads((output / "train_results.json").read_text())
         assert 0 < results["train_loss"] < 12
-        assert list((tmp_path / "out").glob("*.safetensors"))
-        assert (tmp_path / "out" / "training_loss.png").is_file()
-    if arguments.training.do_eval or arguments.training.eval_strategy != "no":
-        evaluated = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+        assert list(output.glob("*.safetensors"))
+        assert (output / "training_loss.png").is_file()
+    if options.do_eval or options.eval_strategy != "no":
+        evaluated = json.loads((output / "eval_results.json").read_text())
         assert 0 < evaluated["eval_loss"] < 12
+    if options.predict_with_generate:
+        assert (output / "generated_predictions.jsonl").read_text()
 
 
 def test_configs_say_in_their_first_line_what_they_are() -> None:
