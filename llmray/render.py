@@ -75,7 +75,7 @@ def render(arguments: RunArguments, options: Options, *, target: TextIO | None =
             shown + (", …" if len(found.left_out) > MOST_SOURCES else ""),
         )
     if not found.rows:
-        raise DataError(_nothing(options.table, len(found.left_out)))
+        raise DataError(_nothing(arguments, options.table, len(found.left_out)))
     has_colour = target.isatty() and not environment.no_colour(os.environ)
     marks = COLOURS if has_colour else BRACKETS
     for number, row in enumerate(found.rows, start=1):
@@ -102,11 +102,16 @@ def as_object(row: PreviewRow, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _nothing(table: str, num_left_out: int) -> str:
+def _nothing(arguments: RunArguments, table: str, num_left_out: int) -> str:
     if table == "eval":
         return (
             "The run has no rows to evaluate on. Required for --eval: val_size or eval_dataset. "
             "Write one of them, or leave --eval out."
+        )
+    if not arguments.data.dataset:
+        return (
+            "The run has no rows to train on. Required: dataset. Write it, or --eval for the rows "
+            "to evaluate on."
         )
     return (
         f"No row is left to train on ({num_left_out} have no target within cutoff_len). Take more "

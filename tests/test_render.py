@@ -56,6 +56,7 @@ def arguments(folder: Path, **keys):
         "dataset": "turns",
         "template": "chatml",
         "cutoff_len": 64,
+        "output_dir": str(folder / "out"),
     }
     return load({k: v for k, v in {**base, **keys}.items() if v is not ...}, environ={})
 
@@ -75,6 +76,7 @@ TEXTS = {"stage": "pt", "dataset": "texts", "template": ...}
     [
         {},
         {"mask_history": True},
+        {"predict_with_generate": True},
         {"train_on_prompt": True, "cutoff_len": 30},
         {"template": ...},
         {**TEXTS, "cutoff_len": 16},
@@ -180,6 +182,13 @@ def test_a_wrong_row_is_said_as_in_a_build(folder):
 def test_there_may_be_no_rows_to_evaluate_on(folder):
     with pytest.raises(DataError, match="Required for --eval: val_size or eval_dataset"):
         shown(arguments(folder), table="eval")
+
+
+def test_a_run_that_only_evaluates_has_its_rows_in_eval(folder):
+    run = arguments(folder, dataset=..., eval_dataset="turns")
+    assert "Because." in shown(run, table="eval", num_rows=1)
+    with pytest.raises(DataError, match="Write it, or --eval for the rows to evaluate on"):
+        shown(run)
 
 
 def test_no_weights_are_fetched_from_a_hub(folder, monkeypatch):

@@ -159,13 +159,21 @@ def key_of(arguments: RunArguments, model_dir: Path | str, *, root: Path) -> str
     return _inputs(arguments, Path(model_dir), Path(root)).key
 
 
-def plan(arguments: RunArguments, model_dir: Path | str, *, root: Path) -> Plan:
+def plan(
+    arguments: RunArguments, model_dir: Path | str, *, root: Path, trains: bool | None = None
+) -> Plan:
     """All that the shards of a run's data need: files cut into pieces, tokenizer, template.
+
+    Args:
+        arguments: of the run.
+        model_dir: the folder of the tokenizer.
+        root: where prepared data lies.
+        trains: whether rows to train on are among them; as `do_train` says if None.
 
     Raises:
         DataError: a set or a file is missing, or cannot be read.
     """
-    inputs = _inputs(arguments, Path(model_dir), Path(root))
+    inputs = _inputs(arguments, Path(model_dir), Path(root), trains)
     return _plan(inputs, arguments, Path(model_dir), str(Path(root) / inputs.key))
 
 
@@ -293,11 +301,12 @@ def _short(value: Any) -> str:
 
 
 def _sets(
-    arguments: RunArguments, root: Path
+    arguments: RunArguments, root: Path, trains: bool | None = None
 ) -> tuple[list[sources.DataSet], list[sources.DataSet]]:
     data = arguments.data
+    trains = arguments.training.do_train if trains is None else trains
     # a run that only evaluates opens rows to train on where some of them are set aside
-    names = data.dataset if arguments.training.do_train or data.val_size else ()
+    names = data.dataset if trains or data.val_size else ()
     if not names and not data.eval_dataset:
         raise DataError("No dataset is given. Name one or more of dataset_info.json in dataset.")
     if not isinstance(data.dataset_dir, str):
@@ -310,8 +319,10 @@ def _sets(
     return train, evaluation
 
 
-def _inputs(arguments: RunArguments, model_dir: Path, root: Path) -> _Inputs:
-    train, evaluation = _sets(arguments, root)
+def _inputs(
+    arguments: RunArguments, model_dir: Path, root: Path, trains: bool | None = None
+) -> _Inputs:
+    train, evaluation = _sets(arguments, root, trains)
     description = _describe(arguments, model_dir, train, evaluation, root)
     return _Inputs(train, evaluation, description, identity.key_of(description))
 

@@ -75,7 +75,7 @@ def preview(
     Raises:
         DataError: a set, a file or a row is missing or wrong.
     """
-    plan = prepared.plan(arguments, model_dir, root=root)
+    plan = prepared.plan(arguments, model_dir, root=root, trains=True)
     plan = replace(plan, batch_size=min(plan.batch_size, BATCH_ROWS))
     tokens_wanted = None if plan.block_len is None else num_rows * plan.block_len
     found: list[_Found] = []
