@@ -73,7 +73,22 @@ def head(request, ray_home):
     """A cluster of one node with a dashboard, in the authentication mode `request.param`."""
     words = ["--dashboard", str(CORES_OF_A_NODE)]
     with start_cluster(words, RAY_AUTH_MODE=request.param) as found:
-        yield {"RAY_AUTH_MODE": request.param, "RAY_API_SERVER_ADDRESS": f"http://{found[2]}"}
+        head = {"RAY_AUTH_MODE": request.param, "RAY_API_SERVER_ADDRESS": f"http://{found[2]}"}
+        _wait_for_jobs(head)
+        yield head
+
+
+def _wait_for_jobs(head, timeout=120.0):
+    """Until the head takes jobs: its agent starts some seconds after it."""
+    ray_command = str(Path(sys.executable).with_name("ray"))
+    words = [ray_command, "job", "submit", "--no-wait", "--", "true"]
+    deadline = time.monotonic() + timeout
+    while (
+        done := subprocess.run(words, env={**os.environ, **head}, capture_output=True)
+    ).returncode:
+        assert b"No available agent" in done.stderr + done.stdout, done.stderr.decode()
+        assert time.monotonic() < deadline, "the head takes no jobs"
+        time.sleep(0.5)
 
 
 @pytest.fixture(scope="session")
