@@ -64,6 +64,13 @@ thoughts beside calls are kept. Results that follow one another are joined as th
 models that have none or whose own is not among the formats. What a format writes for calls is
 read back to the same calls; a row whose calls could not be read back is refused.
 
+Known gaps: `llama3` and `mistral` tell of tools in LLaMA-Factory's arrangement of the models'
+words, which differs between versions of the models themselves, and calls have no ids; `glm4_7`
+writes calls on several lines as GLM-4.5 and 4.6 do; results of tools in `gemma4` are turns of their
+own; models of DeepSeek and gpt-oss have their own marks for calls, which are no tool format; some
+models' own prompts open the thought (`<think>`), which is learned here as the response's beginning.
+For these, leaving `template` away takes the tokenizer's own text.
+
 A tokenizer without a chat template gets the named template as its own (`chat_template.jinja`) with
 the trained model. It has no text for tools and refuses them.
 """

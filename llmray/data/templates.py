@@ -162,8 +162,8 @@ class TemplateRenderer:
         if self.template.strip == "all":
             said = said.strip()
         if given and not self.template.tools:
-            gap = tools.FORMATS[self.tools_as].gap if said else ""
-            said += gap + self._told(given)
+            made = tools.FORMATS[self.tools_as]
+            said += (made.gap if said else made.alone) + self._told(given)
         if self.enable_thinking:
             said = self.template.thinking_system + said
         return self._write(self.template.system, said) if said else ""

@@ -25,6 +25,7 @@ class ToolFormat:
     Attributes:
         prompt: the text that tells of tools.
         gap: what stands between a system message and that text.
+        alone: what that text begins with where there is no system message.
         calls: the text of calls, in their order.
         extract: the calls in a response, given the schemas of tools where these are known.
         beside: what stands between words beside calls and the calls.
@@ -35,6 +36,7 @@ class ToolFormat:
     calls: Callable[[Calls], str]
     extract: Callable[[str, Schemas], Found]
     gap: str = ""
+    alone: str = ""
     beside: str = "\n"
     is_single: bool = False
 
@@ -348,7 +350,8 @@ FORMATS: dict[str, ToolFormat] = {
         lambda tools: (
             "Tool List:\nYou are authorized to use the following tools (described in JSON Schema "
             "format). Before performing any task, you must decide how to call them based on the "
-            f"descriptions and parameters of these tools.\n{tool_calls.as_json(list(tools))}\n"
+            "descriptions and parameters of these tools.\n"
+            f"{tool_calls.as_json([_typed(tool) for tool in tools])}\n"
             "工具调用请遵循如下格式:\n<seed:tool_call>\n<function=example_function_name>\n"
             "<parameter=example_parameter_1>value_1</parameter>\n<parameter=example_parameter_2>"
             "This is the value for the second parameter\nthat can span\nmultiple lines"
@@ -356,7 +359,9 @@ FORMATS: dict[str, ToolFormat] = {
         ),
         tool_calls.SEED_OSS.write,
         tool_calls.SEED_OSS.extract,
-        gap="\n\n",
+        gap="\n",
+        alone="You are Doubao, a helpful AI assistant. You may call one or more functions to assist "
+        "with the user query.\n",
         beside="\n\n",
     ),
 }

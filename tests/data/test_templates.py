@@ -183,6 +183,15 @@ def test_tools_stand_in_the_system_message_as_qwen_writes_them() -> None:
     assert '{"type": "function", "function": {"name": "f"' in with_system
 
 
+def test_tools_stand_in_a_system_message_of_the_models_own_as_seed_writes_them() -> None:
+    made = renderer("seed_oss")
+    without = made.turns(Conversation(CALLING.messages, None, TOOLS))[0].source
+    assert without.startswith("{bos}system\nYou are Doubao, a helpful AI assistant. You may call")
+    assert "assist with the user query.\nTool List:\n" in without
+    with_system = made.turns(Conversation(CALLING.messages, "SYS", TOOLS))[0].source
+    assert with_system.startswith("{bos}system\nSYS\nTool List:\n")
+
+
 def test_tools_stand_before_the_first_user_message_as_mistral_writes_them() -> None:
     [turn, _] = renderer("mistral").turns(Conversation(CALLING.messages, "SYS", TOOLS))
     assert turn.source.startswith('{bos}[AVAILABLE_TOOLS] [{"type": "function"')
