@@ -812,7 +812,7 @@ DIFFERENCES: dict[str, str] = {
     ),
     "phi_small": "Begins with <|endoftext|>.",
     "seed_oss": "A thought ends its line; calls begin after the header at once and their function "
-    "tag is closed; results of tools are from tool. Without a system message, tools stand in one of "
+    "tag is closed; results are from tool. Without a system message, tools stand in one of "
     "the model's own.",
     "smollm2": "The default system message has no full stop at its end.",
     "youtu": "A response that calls tools ends as others do.",

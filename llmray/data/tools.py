@@ -360,8 +360,8 @@ FORMATS: dict[str, ToolFormat] = {
         tool_calls.SEED_OSS.write,
         tool_calls.SEED_OSS.extract,
         gap="\n",
-        alone="You are Doubao, a helpful AI assistant. You may call one or more functions to assist "
-        "with the user query.\n",
+        alone="You are Doubao, a helpful AI assistant. You may call one or more functions to "
+        "assist with the user query.\n",
         beside="\n\n",
     ),
 }
