@@ -6,9 +6,15 @@ CACHE is the LLMRAY_CACHE of that node; others have none of their own.
 """
 
 import os
+import socket
 import sys
 
 from ray.cluster_utils import Cluster
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 def main() -> None:
@@ -20,7 +26,11 @@ def main() -> None:
     cluster = Cluster(
         initialize_head=True,
         # not on 127.0.0.1: drivers take that for the machine's address
-        head_node_args={**options, "include_dashboard": has_dashboard},
+        head_node_args={
+            **options,
+            "include_dashboard": has_dashboard,
+            "dashboard_port": free_port(),  # the usual one may be another head's
+        },
     )
     for other in others:
         address, _, cache = other.partition("=")
