@@ -230,33 +230,40 @@ def _said_to_openai(layout: RowFormat, number: int, message: Row) -> Spoken:
     found = message.get("tool_calls")
     content_key = layout.tag("content_tag")
     parts = message.get(content_key)
-    if isinstance(parts, list | tuple):
-        message = {**message, content_key: _joined_parts(number, parts)}
-    elif parts is None and found:
-        message = {**message, content_key: ""}
-    content = _tagged(layout, number, message, "content_tag")
     thought = message.get("reasoning_content")
     if thought is not None and not isinstance(thought, str):
         raise RowError(
             f"'reasoning_content' of message {number} is {_kind(thought)}. Required: text."
         )
+    if isinstance(parts, list | tuple):
+        read = _read_parts(number, parts)
+        message = {**message, content_key: read["text"]}
+        thought, found = thought or read["reasoning"], found or read["tool_call"]
+    elif parts is None and found:
+        message = {**message, content_key: ""}
+    content = _tagged(layout, number, message, "content_tag")
     if found and role == "assistant":
         calls = _calls(f"message {number}", found)
         return "function", Message("function", content, thought or None, calls)
     return role, Message(_as_role(role), content, thought or None)
 
 
-def _joined_parts(number: int, parts: Sequence[Any]) -> str:
-    texts = []
+def _read_parts(number: int, parts: Sequence[Any]) -> dict[str, Any]:
+    """What the parts of a message hold by their type; calls as a list."""
+    read: dict[str, Any] = {"text": "", "reasoning": "", "tool_call": []}
     for part in parts:
-        is_text = isinstance(part, Mapping) and part.get("type") == "text"
-        if not is_text or not isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        value = part.get("text", part.get("value")) if isinstance(part, Mapping) else None
+        if kind == "tool_call":
+            read[kind].append(_split_calls(value)[1] if isinstance(value, str) else value)
+        elif kind in read and isinstance(value, str):
+            read[kind] += value
+        else:
             raise RowError(
-                f"message {number} has a part {_kind(part)}. Required: parts of type text; "
-                "training on media is not built yet."
+                f"message {number} has a part {_kind(part)}. Required: parts of type "
+                f"{', '.join(read)}, with text or value; training on media is not built yet."
             )
-        texts.append(part["text"])
-    return "".join(texts)
+    return read
 
 
 def _role(layout: RowFormat, number: int, message: Row) -> str:

@@ -59,7 +59,9 @@ used with them.
 
 Tools stand in the column `tools`; calls in `function_call` messages (sharegpt, as a JSON object or
 a list of them) or `tool_calls` (openai, `arguments` as an object or as JSON text); words and
-thoughts beside calls are kept. Results that follow one another are joined as the template wants.
+thoughts beside calls are kept. The content of an openai message may be a list of parts of type
+`text`, `reasoning` and `tool_call`. Results that follow one another are joined as the template
+wants.
 `tool_format` takes another format than the template's. `default` is LLaMA-Factory's own text, for
 models that have none or whose own is not among the formats. What a format writes for calls is
 read back to the same calls; a row whose calls could not be read back is refused.

@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -144,6 +145,27 @@ def test_openai_messages_keep_thoughts_words_beside_calls_and_results() -> None:
         ),
         "s",
         '[{"name": "add"}]',
+    )
+
+
+def test_parts_hold_words_thoughts_and_calls() -> None:
+    call = json.dumps({"name": "add", "arguments": {"a": 1, "b": "x"}})
+    parts = [
+        {"type": "reasoning", "value": "hm"},
+        {"type": "tool_call", "value": call},
+        {"type": "tool_call", "value": json.loads(call)},
+    ]
+    row = openai(
+        {"role": "user", "content": [{"type": "text", "value": "q"}]},
+        {"role": "assistant", "content": parts},
+        {"role": "tool", "content": [{"type": "text", "value": "r"}]},
+        {"role": "assistant", "content": [*parts[:1], {"type": "text", "value": "a"}]},
+    )
+    assert to_conversation(row, OPENAI).messages == (
+        Message("user", "q"),
+        Message("function", "", "hm", (ADD, ADD)),
+        Message("observation", "r"),
+        Message("assistant", "a", "hm"),
     )
 
 
