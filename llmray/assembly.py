@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -20,13 +20,15 @@ from llmray import hub
 from llmray.arguments.best import best_metric, compares_evaluations
 from llmray.arguments.run import RunArguments
 from llmray.data import prepared
-from llmray.data.batches import Batches
+from llmray.data.access import StreamRef
+from llmray.data.prepared import PreparedRef, Table
 from llmray.data.tokenizer import load_tokenizer
 from llmray.model import export, load, memory, tuning
 from llmray.model.attention import why_not_flat
 from llmray.model.head import TokenModel
 from llmray.train import optimizers, precision, schedules
 from llmray.train.engine import Engine
+from llmray.train.feed import StreamReader, open_feed
 from llmray.train.generate import Sampling
 from llmray.train.loop import Cadence, Progress, cadence
 from llmray.train.losses import Objective
@@ -51,7 +53,7 @@ class Context:
 
     world: World
     run_dir: str  # checkpoints, logs and final artefacts; a local path or a URI
-    prepared: prepared.PreparedRef
+    prepared: PreparedRef | StreamRef
     model_dir: Path
     stop: Callable[[], str | None]
     observers: tuple[Observer, ...] = ()
@@ -91,7 +93,7 @@ class Core:
             stop=stop,
         )
 
-    def rows(self, samples: prepared.SampleTable) -> Rows:
+    def rows(self, samples: Table) -> Rows:
         """Rows of a table in the layout that the model takes."""
         return Rows(samples, flat=self.engine.model.flat, pad_id=self.tokenizer.pad_token_id)
 
@@ -101,7 +103,7 @@ class Training:
     """What training needs beside the core, and what a checkpoint of it holds."""
 
     core: Core
-    train: Reader
+    train: Reader | StreamReader
     cadence: Cadence
     progress: Progress
     judge: Judge
@@ -129,22 +131,12 @@ class Training:
 
 def assemble(arguments: RunArguments, context: Context) -> Training:
     """The parts of a run that trains; its weights are equal on all ranks."""
-    world, finetuning, options = context.world, arguments.finetuning, arguments.training
+    world, options = context.world, arguments.training
     seed_everything(options.seed)
     numbers = precision.choose(arguments, world.device)
-    table = prepared.open(context.prepared)
-    batches = Batches(
-        table.train.lengths,
-        options.per_device_train_batch_size,
-        options.gradient_accumulation_steps,
-        world.world_size,
-        world.rank,
-        seed=options.data_seed if options.data_seed is not None else options.seed,
-        order="sequential" if finetuning.disable_shuffling else options.train_sampling_strategy,
-        drop_last=options.dataloader_drop_last,
-    )
-    pace = cadence(options, batches.steps_per_epoch)
-    recomputes = _needs_checkpointing(arguments, context, table.train.lengths)
+    feed = open_feed(arguments, context.prepared, context.model_dir, world)
+    pace = cadence(options, feed.steps_per_epoch)
+    recomputes = _needs_checkpointing(arguments, context, feed.lengths)
     resolved = _resolved(arguments, numbers, recomputes=recomputes)
     model = _token_model(resolved, context, numbers)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -159,10 +151,11 @@ def assemble(arguments: RunArguments, context: Context) -> Training:
     )
     # the same weights on every rank so far; from here on each rank draws its own dropout
     seed_everything(options.seed + world.rank)
-    core = _core(resolved, context, engine, table)
+    core = _core(resolved, context, engine, feed.evals)
+    pad_id = core.tokenizer.pad_token_id
     return Training(
         core=core,
-        train=Reader(core.rows(table.train), batches, core.ahead, pace.total_steps),
+        train=feed.reader(world, core.ahead, pace.total_steps, flat=model.flat, pad_id=pad_id),
         cadence=pace,
         progress=Progress(),
         judge=_judge(arguments, engine),
@@ -187,7 +180,8 @@ def assemble_evaluation(arguments: RunArguments, context: Context) -> Core:
     engine = Engine.for_evaluation(
         TokenModel(tuned, flat=reason is None), world=context.world, precision=numbers
     )
-    return _core(resolved, context, engine, prepared.open(context.prepared))
+    assert isinstance(context.prepared, PreparedRef), "a stream is trained on"
+    return _core(resolved, context, engine, prepared.open(context.prepared).eval)
 
 
 def reading_ahead(arguments: RunArguments, device: torch.device) -> Ahead:
@@ -211,7 +205,7 @@ def _resolved(
 
 
 def _core(
-    arguments: RunArguments, context: Context, engine: Engine, table: prepared.Prepared
+    arguments: RunArguments, context: Context, engine: Engine, evals: Mapping[str, Table]
 ) -> Core:
     core = Core(
         arguments=arguments,
@@ -221,7 +215,7 @@ def _core(
         evals={},
         objective=STAGES[arguments.finetuning.stage].objective(),
     )
-    core.evals |= {name: core.rows(samples) for name, samples in table.eval.items()}
+    core.evals |= {name: core.rows(samples) for name, samples in evals.items()}
     return core
 
 

@@ -156,6 +156,11 @@ def prepare(words: list[str]) -> int:
     if words and words[0] in ("--list", "--remove"):
         return _manage_store(words[0], words[1:])
     arguments = _with_absolute_paths(_load(words))
+    if arguments.data.streaming:
+        raise ArgumentsError(
+            "streaming=true reads the data while training: there is nothing to prepare. Write "
+            "streaming: false, or train."
+        )
     from time import perf_counter
 
     from llmray import preparation

@@ -17,7 +17,7 @@ from typing import Any
 from llmray import hub
 from llmray.arguments import environment
 from llmray.arguments.run import RunArguments
-from llmray.data import prepared
+from llmray.data import access
 from llmray.errors import ArgumentsError
 from llmray.run import Context, RunResult, run
 from llmray.train import checkpoint
@@ -44,7 +44,7 @@ def train(arguments: RunArguments) -> int:
 
 def _train(arguments: RunArguments, run_dir: str, signals: StopSignals) -> RunResult:
     model_dir = hub.resolve(arguments.model.model_name_or_path, arguments.model)
-    ref = prepared.ensure(arguments, model_dir, root=prepared_root())
+    ref = access.ready(arguments, model_dir, root=prepared_root())
     world = World.from_environment(
         arguments.training.ddp_timeout, use_cpu=arguments.training.use_cpu
     )

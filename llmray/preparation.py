@@ -16,7 +16,7 @@ import numpy as np
 
 from llmray import hub, store
 from llmray.arguments import environment
-from llmray.data import prepared
+from llmray.data import packing, prepared
 from llmray.errors import ArgumentsError
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def prepare(arguments: RunArguments) -> prepared.PreparedRef:
 
 def report(ref: prepared.PreparedRef, seconds: float) -> str:
     """What the data holds, as lines of text; draws its lengths beside it."""
-    counts = store.read_manifest(ref.path).metadata["counts"]
+    metadata = store.read_manifest(ref.path).metadata
+    counts, packed = metadata["counts"], metadata.get("packing")
     opened = prepared.open(ref)
     lengths = opened.train.lengths
     facts = {
@@ -54,6 +55,8 @@ def report(ref: prepared.PreparedRef, seconds: float) -> str:
     for name, count in counts.items():
         if name in NAMES and count:
             facts[NAMES[name]] = f"{count} rows"
+    if packed:
+        facts["packing"] = packing.described(packed)
     facts["seconds"] = f"{seconds:.1f}"
     picture = Path(ref.path, PICTURE)
     draw_lengths(lengths, picture)

@@ -312,7 +312,7 @@ def _train_figures(training: Training, seconds: float) -> dict[str, float]:
         "epoch": epoch,
         "train_loss": (progress.total_loss + progress.loss_sum) / steps,
         "train_runtime": round(seconds, 3),
-        "train_samples_per_second": round(epoch * len(training.train.rows.table) / spent, 3),
+        "train_samples_per_second": round(epoch * training.train.num_rows / spent, 3),
         "train_steps_per_second": round(progress.step / spent, 4),
         "train_tokens": progress.num_tokens,
         "train_tokens_per_second": round(progress.num_tokens / spent, 1),

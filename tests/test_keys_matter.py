@@ -23,7 +23,7 @@ from tiny import make_model, make_tokenizer
 from llmray import assembly, cli, hub, local
 from llmray.arguments import capabilities
 from llmray.arguments.run import FIELDS, load
-from llmray.data import prepared
+from llmray.data import access, prepared
 from llmray.data.tokenizer import load_tokenizer
 from llmray.errors import ArgumentsError, ClusterError
 from llmray.model.load import load_model
@@ -83,7 +83,7 @@ class Site:
     def train(self, keys: Keys) -> Path:
         arguments = self.arguments(keys)
         model_dir = hub.resolve(arguments.model.model_name_or_path, arguments.model)
-        ref = prepared.ensure(arguments, model_dir, root=self.root / "prepared")
+        ref = access.ready(arguments, model_dir, root=self.root / "prepared")
         world = World.single(torch.device("cpu"))
         output = arguments.training.output_dir
         run(arguments, Context(world, output, ref, model_dir, lambda: None))
@@ -261,7 +261,10 @@ ROWS: dict[str, Row] = {
     "mask_history": Row(False, True, keys={"dataset": "turns"}),
     "max_samples": Row(..., 3),
     "val_size": Row(0.25, 5, evaluation, {"do_eval": True}),
-    "packing": Row(True, False, keys=TEXT),
+    "packing": Row(False, True),
+    "neat_packing": Row(False, True),
+    "streaming": Row(False, True),
+    "buffer_size": Row(1, 8, keys={"streaming": True}),
     "default_system": Row(..., "Answer in one word."),
     "tool_format": Row("qwen", "llama3", keys={"dataset": "tools", "cutoff_len": 512}),
     "enable_thinking": Row(True, False, keys=THOUGHTS),

@@ -153,17 +153,11 @@ NOT_BUILT: dict[str, Gap] = {
             isinstance(value, str) and value != "ONLINE" and not value.startswith("REMOTE:")
         ),
     ),
-    **_family(f"Streaming is not built yet. {_REMOVE}", "streaming", "buffer_size"),
     **_family(
         f"Interleaving of sets is not built yet; they follow one another. {_REMOVE}",
         "mix_strategy",
         "interleave_probs",
     ),
-    "packing": Gap(
-        "Packing is built for stage pt only yet. Remove the key, or set packing: false.",
-        lambda value, flat: value is False or flat["stage"] == "pt",
-    ),
-    "neat_packing": Gap(f"Packing of conversations is not built yet. {_REMOVE}"),
     **_family(
         f"Images, video and audio are not built yet. {_REMOVE}",
         "media_dir",
@@ -492,6 +486,11 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
         ("streaming", "max_samples"),
         lambda flat: flat["streaming"] and flat["max_samples"] is not None,
         "The head of a stream is not built yet. Remove max_samples.",
+    ),
+    Combination(
+        ("streaming", "predict_with_generate"),
+        lambda flat: flat["streaming"] and flat["predict_with_generate"],
+        "Responses to rows of a stream are not built yet. Remove one of the two.",
     ),
     Combination(
         ("streaming", "tokenized_path"),

@@ -36,9 +36,14 @@ class DataArguments(Group):
     train_on_prompt: bool = Field(False, description="Also learn the tokens of the prompt.")
     mask_history: bool = Field(False, description="Learn only the last response of a conversation.")
     streaming: bool = Field(
-        False, description="Read the data while training instead of preparing it first."
+        False,
+        description="Read the data while training, not prepare it first. Requires max_steps.",
     )
-    buffer_size: Int = Field(16384, ge=1, description="Rows among which a stream is shuffled.")
+    buffer_size: Int = Field(
+        16384,
+        ge=1,
+        description="Rows among which a stream is shuffled; they are part of a checkpoint.",
+    )
     mix_strategy: Literal["concat", "interleave_under", "interleave_over", "interleave_once"] = (
         Field(
             "concat",
@@ -75,10 +80,12 @@ class DataArguments(Group):
     )
     packing: bool | None = Field(
         None,
-        description="Put several texts into one row. Not given: true for stage pt, else false.",
+        description="Stage pt: lay texts into full rows. Stage sft: put rows together into bins of "
+        "up to cutoff_len tokens, which per_device_train_batch_size counts; they do not see each "
+        "other. Not given: true for stage pt, else false.",
     )
     neat_packing: bool = Field(
-        False, description="Pack rows whose texts do not see each other. Implies packing."
+        False, description="The same as packing in stage sft, where rows never see each other."
     )
     tool_format: str | None = Field(
         None, description="Text of tools and their calls, by name. Not given: the template's."
@@ -101,6 +108,10 @@ class DataArguments(Group):
         description="Reasoning templates: keep the thoughts of earlier responses in the text. "
         "Otherwise they are in it only where earlier responses are learned (mask_history: false).",
     )
+
+    def packs(self, stage: str) -> bool:
+        """Whether rows are packed in a stage: texts into blocks, conversations into bins."""
+        return self.neat_packing or (stage == "pt" if self.packing is None else self.packing)
 
     @property
     def has_evaluation(self) -> bool:

@@ -155,6 +155,17 @@ def neat_packing_packs(arguments: RunArguments) -> Iterator[Problem]:
         )
 
 
+def pairs_are_not_packed(arguments: RunArguments) -> Iterator[Problem]:
+    """Stages that compare responses take rows one by one."""
+    stage = arguments.finetuning.stage
+    if arguments.data.packing and stage not in ("pt", "sft"):
+        yield Problem(
+            ("packing", "stage"),
+            f"packing=true with stage={stage}: only texts and conversations are packed. Remove "
+            "packing; rows are not padded without it either.",
+        )
+
+
 def probabilities_interleave(arguments: RunArguments) -> Iterator[Problem]:
     """Probabilities are for interleaving."""
     data = arguments.data
@@ -199,6 +210,45 @@ def streams_have_no_length(arguments: RunArguments) -> Iterator[Problem]:
             ("streaming", "val_size"),
             f"val_size={data.val_size} is a share, but a stream has no known length. Set val_size "
             "to a whole number of rows, or streaming: false.",
+        )
+
+
+def streams_are_not_planned(arguments: RunArguments) -> Iterator[Problem]:
+    """What needs the whole data beforehand cannot be had of a stream."""
+    data, training = arguments.data, arguments.training
+    if not data.streaming:
+        return
+    if arguments.finetuning.stage != "pt" and data.packs(arguments.finetuning.stage):
+        key = "neat_packing" if data.neat_packing else "packing"
+        yield Problem(
+            ("streaming", key),
+            f"streaming=true with {key}=true: bins are planned over the lengths of all rows, which "
+            f"a stream does not know. Remove {key}; rows are not padded without it either.",
+        )
+    if training.train_sampling_strategy == "group_by_length":
+        yield Problem(
+            ("streaming", "train_sampling_strategy"),
+            "streaming=true with train_sampling_strategy=group_by_length: a stream does not know "
+            "the lengths of all rows. Remove train_sampling_strategy.",
+        )
+    for key in ("save_strategy", "eval_strategy", "logging_strategy"):
+        if getattr(training, key) == "epoch":
+            yield Problem(
+                ("streaming", key),
+                f"streaming=true with {key}=epoch: where an epoch of a stream ends is not known "
+                f"beforehand. Write {key}: steps.",
+            )
+
+
+def streams_train(arguments: RunArguments) -> Iterator[Problem]:
+    """What is streamed is trained on; evaluation alone reads its rows once."""
+    training = arguments.training
+    evaluates = training.do_eval or training.do_predict
+    if arguments.data.streaming and evaluates and not training.do_train:
+        yield Problem(
+            ("streaming", "do_train"),
+            "streaming=true without do_train: rows that are only evaluated on are prepared. Remove "
+            "streaming.",
         )
 
 
@@ -370,9 +420,12 @@ RULES: tuple[Rule, ...] = (
     one_source_of_evaluation_rows,
     split_needs_data,
     neat_packing_packs,
+    pairs_are_not_packed,
     probabilities_interleave,
     one_probability_a_set,
     streams_have_no_length,
+    streams_are_not_planned,
+    streams_train,
     calibration_needs_texts,
     pixel_limits_are_in_order,
     trackers_are_known,

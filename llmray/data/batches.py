@@ -7,7 +7,7 @@ many ranks and micro-batches share them changes only who computes what.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -81,9 +81,8 @@ class Batches:
         if not 0 <= k < self.steps_per_epoch:
             raise IndexError(f"step {k} of {self.steps_per_epoch}")
         rows = self._rows(epoch, k)
-        count = -(-len(rows) // (self._per_device * self._world_size))
-        mine = self._deal(rows, self._world_size, count * self._per_device)[self._rank]
-        return self._deal(mine, count, self._per_device)
+        dealt = share(self._lengths[rows], self._per_device, self._world_size, self._rank)
+        return [rows[places] for places in dealt]
 
     def pass_by(self, epoch: int, k: int) -> None:
         """Move the position past step k of an epoch."""
@@ -107,27 +106,13 @@ class Batches:
         Raises:
             CheckpointError: rows came in another order there, so the position says nothing here.
         """
-        ours = self.state_dict()
         names = {
             "seed": "seed (or data_seed)",
             "num_rows": "number of rows",
             "order": "order of rows (train_sampling_strategy, disable_shuffling)",
         }
-        for name, said in names.items():
-            if state[name] != ours[name]:
-                raise CheckpointError(
-                    f"The checkpoint's {said} is {state[name]}, here it is {ours[name]}: rows come "
-                    "in another order. Use the checkpoint's, or start anew with "
-                    "overwrite_output_dir: true."
-                )
-        if state["global_batch"] != self.global_batch:
-            raise CheckpointError(
-                f"The checkpoint's step has {state['global_batch']} rows, here it has "
-                f"{self.global_batch} = per_device_train_batch_size {self._per_device} x "
-                f"gradient_accumulation_steps {self._accumulation} x {self._world_size} workers. A "
-                f"resume needs a product of {state['global_batch']}: change one of the three, or "
-                "start anew with overwrite_output_dir: true."
-            )
+        check_order(state, self.state_dict(), names)
+        check_step(state, self._per_device, self._accumulation, self._world_size)
         if state["steps_per_epoch"] != self.steps_per_epoch:
             raise CheckpointError(
                 f"The checkpoint's epochs have {state['steps_per_epoch']} steps, here they have "
@@ -150,12 +135,6 @@ class Batches:
             self._order = (epoch, order)
         return self._order[1][part]
 
-    def _deal(self, rows: np.ndarray, num_bins: int, capacity: int) -> list[np.ndarray]:
-        """Rows in bins of at most `capacity`, tokens balanced; each bin keeps the rows' order."""
-        if num_bins == 1:
-            return [rows]
-        return [rows[places] for places in deal(self._lengths[rows].tolist(), num_bins, capacity)]
-
 
 def by_length(order: np.ndarray, lengths: np.ndarray, global_batch: int) -> np.ndarray:
     """A random order with rows of like length near each other, as transformers groups them.
@@ -175,6 +154,69 @@ def by_length(order: np.ndarray, lengths: np.ndarray, global_batch: int) -> np.n
     longest = max(range(len(parts)), key=lambda i: int(lengths[parts[i][0]]))
     parts[0][0], parts[longest][0] = parts[longest][0], parts[0][0]
     return np.concatenate(parts)
+
+
+def check_order(
+    state: Mapping[str, Any], ours: Mapping[str, Any], names: Mapping[str, str]
+) -> None:
+    """Fail if a position was taken in another order of rows.
+
+    Args:
+        state: of the checkpoint.
+        ours: of this run.
+        names: entries of both that decide the order, and what users call them.
+
+    Raises:
+        CheckpointError: one differs.
+    """
+    for name, said in names.items():
+        if state[name] != ours[name]:
+            raise CheckpointError(
+                f"The checkpoint's {said} is {state[name]}, here it is {ours[name]}: rows come "
+                "in another order. Use the checkpoint's, or start anew with "
+                "overwrite_output_dir: true."
+            )
+
+
+def check_step(
+    state: Mapping[str, Any], per_device: int, accumulation: int, world_size: int
+) -> None:
+    """Fail if a step of the checkpoint has another number of rows.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    theirs, ours = state["global_batch"], per_device * accumulation * world_size
+    if theirs != ours:
+        raise CheckpointError(
+            f"The checkpoint's step has {theirs} rows, here it has {ours} = "
+            f"per_device_train_batch_size {per_device} x gradient_accumulation_steps "
+            f"{accumulation} x {world_size} workers. A resume needs a product of {theirs}: change "
+            "one of the three, or start anew with overwrite_output_dir: true."
+        )
+
+
+def share(lengths: np.ndarray, per_device: int, world_size: int, rank: int) -> list[np.ndarray]:
+    """Which rows of a step are in each micro-batch of a rank; tokens are balanced.
+
+    Every rank has as many micro-batches as the others; those of a last step may be empty.
+
+    Args:
+        lengths: tokens of each row of the step, (num_rows,).
+        per_device: most rows of a micro-batch.
+        world_size: ranks.
+        rank: this one.
+    """
+    count = -(-len(lengths) // (per_device * world_size))
+    mine = _deal(lengths, np.arange(len(lengths)), world_size, count * per_device)[rank]
+    return _deal(lengths, mine, count, per_device)
+
+
+def _deal(lengths: np.ndarray, rows: np.ndarray, num_bins: int, capacity: int) -> list[np.ndarray]:
+    """Rows in bins of at most `capacity`, tokens balanced; each bin keeps the rows' order."""
+    if num_bins == 1:
+        return [rows]
+    return [rows[places] for places in deal(lengths[rows].tolist(), num_bins, capacity)]
 
 
 def deal(sizes: Sequence[int], num_bins: int, capacity: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,16 @@ from llmray.store import FileSum
 
 MOST_PROBLEMS = 10
 BATCH_CHARS = 1 << 22  # tokenizing takes about 100 bytes of memory a character
+
+
+@dataclass
+class SortedRows:
+    """Rows of a shard by what came of them: those of each table, and what is wrong with others."""
+
+    counts: dict[str, int]
+    kept: dict[str, list[RowFeatures]]
+    first_without_target: str | None = None
+    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -43,28 +53,32 @@ def build_shard(plan: Plan, index: int) -> ShardReport:
     note = Path(plan.staging) / _note(index)
     if note.exists():
         return finished(plan, index)
-    shard = plan.shards[index]
-    kept: dict[str, list[RowFeatures]] = {table: [] for table in plan.tables}
+    found = sort_rows(plan, plan.shards[index])
+    if found.problems:
+        return ShardReport({}, found.counts, None, tuple(found.problems))
+    report = ShardReport({}, found.counts, found.first_without_target)
+    return _write(plan, index, report, found.kept)
+
+
+def sort_rows(plan: Plan, shard: Shard) -> SortedRows:
+    """Build the rows of a shard; stops after the first `MOST_PROBLEMS` wrong ones."""
     counts = dict.fromkeys(("read", "truncated", "empty", "without_target"), 0)
-    first_without: str | None = None
-    problems: list[str] = []
+    found = SortedRows(counts, {table: [] for table in plan.tables})
     for number, where, outcome in outcomes(plan, shard):
         counts["read"] += 1
         if isinstance(outcome, RowError):
-            problems.append(f"{files.place(*where)}: {outcome}")
-            if len(problems) == MOST_PROBLEMS:
+            found.problems.append(f"{files.place(*where)}: {outcome}")
+            if len(found.problems) == MOST_PROBLEMS:
                 break
         elif not len(outcome.input_ids):
             counts["empty"] += 1
         elif not outcome.targets:
             counts["without_target"] += 1
-            first_without = first_without or files.place(*where)
+            found.first_without_target = found.first_without_target or files.place(*where)
         else:
             counts["truncated"] += outcome.is_truncated
-            kept[shard.table_of(number)].append(outcome)
-    if problems:
-        return ShardReport({}, counts, None, tuple(problems))
-    return _write(plan, index, ShardReport({}, counts, first_without), kept)
+            found.kept[shard.table_of(number)].append(outcome)
+    return found
 
 
 def _write(

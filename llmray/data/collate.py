@@ -25,6 +25,21 @@ def collate(samples: Sequence[Sample], *, flat: bool, pad_id: int) -> Batch:
     return _with_targets(samples, flat, pad_id, num_samples=len(samples))
 
 
+def split(lengths: Sequence[int], max_cells: int) -> list[list[int]]:
+    """Indices of samples in groups that, padded, have at most `max_cells` cells each.
+
+    Samples of like length go together, the longest first; one is never split.
+    """
+    groups: list[list[int]] = []
+    width = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not groups or width * (len(groups[-1]) + 1) > max_cells:
+            groups.append([])
+            width = lengths[index]
+        groups[-1].append(index)
+    return groups
+
+
 def _with_targets(samples: Sequence[Sample], flat: bool, pad_id: int, num_samples: int) -> Batch:
     lengths = [len(sample.input_ids) for sample in samples]
     width = max(lengths)

@@ -50,7 +50,15 @@ def cut(file: DataFile, piece_bytes: int, limit: int | None = None) -> list[Piec
     Raises:
         DataError: the file cannot be read to its end as its format.
     """
-    pieces: list[Piece] = []
+    return list(pieces(file, piece_bytes, limit))
+
+
+def pieces(file: DataFile, piece_bytes: int, limit: int | None = None) -> Iterator[Piece]:
+    """The pieces of `cut`, each as soon as the file is read up to its end.
+
+    Raises:
+        DataError: the file cannot be read on as its format.
+    """
     start = first_row = num_rows = num_bytes = num_lines = first_line = 0
     has_lines = FORMATS[file.format].lines is not None
     last = None
@@ -65,13 +73,12 @@ def cut(file: DataFile, piece_bytes: int, limit: int | None = None) -> list[Piec
         )
         if num_bytes >= piece_bytes:
             line = first_line if has_lines else None
-            pieces.append(Piece(file, start, row.stop, first_row, num_rows, line))
+            yield Piece(file, start, row.stop, first_row, num_rows, line)
             start, first_row, first_line = row.stop, first_row + num_rows, first_line + num_lines
             num_rows = num_bytes = num_lines = 0
     if last is not None and num_rows:
         line = first_line if has_lines else None
-        pieces.append(Piece(file, start, last.stop, first_row, num_rows, line))
-    return pieces
+        yield Piece(file, start, last.stop, first_row, num_rows, line)
 
 
 def read(piece: Piece) -> Iterator[Any]:

@@ -135,7 +135,7 @@ def describe(
     if data.val_size:
         found["seed"] = arguments.training.seed
     if stage == "pt":
-        found["packing"] = data.packing is not False
+        found["packing"] = data.packs(stage)
     else:
         found |= {
             "train_on_prompt": data.train_on_prompt,
@@ -145,6 +145,8 @@ def describe(
             "enable_thinking": data.enable_thinking,
             "preserve_thinking": data.preserve_thinking,
         }
+        if data.packs(stage):
+            found["packing"] = True
     return found
 
 

@@ -60,8 +60,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that building needs, picklable. `block_len` is set where texts are laid into blocks.
+    """All that building needs, picklable.
 
+    `block_len` is set where texts are laid into blocks, `bin_len` where rows are packed into bins.
     `judges_responses` says that rows to evaluate on are prompts with the response to compare with.
     """
 
@@ -73,6 +74,7 @@ class Plan:
     options: FeatureOptions
     shards: tuple[Shard, ...] = field(repr=False)
     block_len: int | None
+    bin_len: int | None
     batch_size: int
     names: tuple[str, ...]  # of the sets
     description: dict[str, Any] = field(repr=False)
@@ -109,7 +111,8 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
     data, stage = arguments.data, arguments.finetuning.stage
     loaded = tokenizer.load_tokenizer(model_dir, arguments.model)
     renderer = tokenizer.renderer(data, loaded) if FEATURES[stage].needs_response else None
-    packing = stage == "pt" and data.packing is not False
+    packed = data.cutoff_len if data.packs(stage) else None
+    block_len, bin_len = (packed, None) if stage == "pt" else (None, packed)
     template = templates.find(data.template) if data.template else None
     if template is not None and renderer is not None:
         _warn_of_plain_text(data.template, template.end_of_turn, loaded)
@@ -119,6 +122,7 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
     cut = _cut([*job.train, *job.evaluation], data.max_samples)
     train = _group(cut[: len(job.train)], TRAIN)
     num_rows = sum(_num_rows(shard) for shard in train)
+    held_out = held_out_rows(num_rows, data.val_size, arguments.training.seed) if train else ()
     return Plan(
         key=job.key,
         target=job.target,
@@ -129,16 +133,17 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
             data.cutoff_len,
             data.train_on_prompt,
             data.mask_history,
-            packing,
+            block_len is not None,
             prefix,
             suffix,
             _end_token(data, loaded) if renderer is not None else None,
         ),
         shards=(
-            *_hold_out(train, held_out_rows(num_rows, data.val_size, arguments.training.seed)),
+            *_hold_out(train, np.array(held_out, np.int64)),
             *_group_evaluation(job, cut[len(job.train) :], data.eval_on_each_dataset),
         ),
-        block_len=data.cutoff_len if packing else None,
+        block_len=block_len,
+        bin_len=bin_len,
         batch_size=data.preprocessing_batch_size,
         names=tuple(dataset.name for dataset in [*job.train, *job.evaluation]),
         description=job.description,

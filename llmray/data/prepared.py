@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmray import store
-from llmray.data import build, identity, planning, sources, workers
+from llmray.data import build, identity, packing, planning, sources, workers
 from llmray.data.build import ShardReport
+from llmray.data.packing import PackedTable
 from llmray.data.planning import Plan
-from llmray.data.shards import Sample, SampleTable
+from llmray.data.shards import Sample, SampleTable, Table
 from llmray.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BuildShards",
+    "PackedTable",
     "Plan",
     "Prepared",
     "PreparedRef",
     "Sample",
     "SampleTable",
     "ShardReport",
+    "Table",
     "build_shard",
     "commit",
     "differences",
@@ -84,7 +87,7 @@ class Prepared:
     """Opened prepared data: the rows to train on, and those to evaluate on by name."""
 
     path: str
-    train: SampleTable
+    train: Table
     eval: dict[str, SampleTable]
 
 
@@ -138,7 +141,7 @@ def ensure(
 def has_sources(arguments: RunArguments, *, root: Path) -> bool:
     """Whether this machine sees the files of all the run's sets."""
     try:
-        _sets(arguments, root)
+        sets_of(arguments, root)
     except DataError:
         return False
     return True
@@ -207,7 +210,12 @@ def commit(plan: Plan, *, run_token: str | None = None) -> PreparedRef:
             "Take more data, raise cutoff_len, or lower val_size."
         )
     store.sweep(plan.staging)
-    store.commit(Path(plan.staging), plan.target, metadata, build.sums(plan, reports))
+    sums = build.sums(plan, reports)
+    if plan.bin_len is not None:
+        lengths = _table(plan.staging, metadata, "train").lengths
+        metadata["packing"] = packing.build(Path(plan.staging), lengths, plan.bin_len)
+        sums |= store.seal(Path(plan.staging), packing.FILES)
+    store.commit(Path(plan.staging), plan.target, metadata, sums)
     return _ref(plan.target)
 
 
@@ -219,11 +227,17 @@ def open(ref: PreparedRef | str | Path) -> Prepared:
     """
     path = ref.path if isinstance(ref, PreparedRef) else str(ref)
     metadata = _metadata(path)
-    tables = {
-        name: SampleTable([store.join(path, file) for file in files], metadata["block_len"])
-        for name, files in metadata["tables"].items()
-    }
-    return Prepared(path, tables.pop("train"), {k: v for k, v in tables.items() if len(v)})
+    tables = {name: _table(path, metadata, name) for name in metadata["tables"]}
+    rows = tables.pop("train")
+    train: Table = rows
+    if "packing" in metadata:
+        train = PackedTable(rows, packing.read(path, metadata["packing"]["bin_len"]))
+    return Prepared(path, train, {k: v for k, v in tables.items() if len(v)})
+
+
+def _table(path: str, metadata: Mapping[str, Any], name: str) -> SampleTable:
+    files = metadata["tables"][name]
+    return SampleTable([store.join(path, file) for file in files], metadata["block_len"])
 
 
 def verify(path: PreparedRef | str | Path) -> None:
@@ -300,9 +314,14 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:50]}… ({identity.key_of({'': value})[:8]})"
 
 
-def _sets(
+def sets_of(
     arguments: RunArguments, root: Path, trains: bool | None = None
 ) -> tuple[list[sources.DataSet], list[sources.DataSet]]:
+    """The sets that a run trains and evaluates on.
+
+    Raises:
+        DataError: one is not there.
+    """
     data = arguments.data
     trains = arguments.training.do_train if trains is None else trains
     # a run that only evaluates opens rows to train on where some of them are set aside
@@ -322,7 +341,7 @@ def _sets(
 def _inputs(
     arguments: RunArguments, model_dir: Path, root: Path, trains: bool | None = None
 ) -> _Inputs:
-    train, evaluation = _sets(arguments, root, trains)
+    train, evaluation = sets_of(arguments, root, trains)
     description = _describe(arguments, model_dir, train, evaluation, root)
     return _Inputs(train, evaluation, description, identity.key_of(description))
 
@@ -368,7 +387,11 @@ def _build(
         reports = build_shards(made)
     _refuse_wrong_rows(reports)
     commit(made, run_token=token)
-    _report(_metadata(target)["counts"], time.perf_counter() - started)
+    metadata = _metadata(target)
+    _report(metadata["counts"], time.perf_counter() - started)
+    if "packing" in metadata:
+        rows = metadata["counts"]["train_rows"]
+        log.info("data: %d rows packed into %s", rows, packing.described(metadata["packing"]))
 
 
 def _build_here(made: Plan, num_workers: int) -> Iterable[ShardReport]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -39,25 +39,62 @@ class Sample:
         return learned[self.target_mask]
 
 
+class Table(Protocol):
+    """Rows of prepared data, or bins of them, which count as one each.
+
+    Attributes:
+        lengths: tokens of each, (num,) int32.
+        target_counts: targets of each, (num,) int32.
+    """
+
+    lengths: np.ndarray
+    target_counts: np.ndarray
+
+    def __len__(self) -> int:
+        """How many there are to be dealt."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows they hold together."""
+        ...
+
+    def samples(self, index: int) -> list[Sample]:
+        """The rows of one."""
+        ...
+
+
 def write(path: Path, rows: Sequence[RowFeatures]) -> None:
     """Write rows as a shard; the same rows give the same bytes.
 
     Raises:
         StoreError: the file cannot be written.
     """
+    batch = _batch(rows)
+    with store.replacing(path) as unfinished, pa.OSFile(str(unfinished), "wb") as sink:
+        _write(batch, sink)
+
+
+def to_bytes(rows: Sequence[RowFeatures]) -> bytes:
+    """Rows as the content of a shard's file."""
+    sink = pa.BufferOutputStream()
+    _write(_batch(rows), sink)
+    return bytes(sink.getvalue())
+
+
+def _write(batch: Any, sink: Any) -> None:
+    with ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def _batch(rows: Sequence[RowFeatures]) -> Any:
     columns = {
         "input_ids": _lists([row.input_ids for row in rows]),
         "targets": _lists([np.array(row.targets, np.int32) for row in rows]),
         "instead": _lists([np.array(row.instead, np.int32) for row in rows]),
         "num_targets": pa.array(np.array([row.num_targets for row in rows], np.int32)),
     }
-    batch = pa.record_batch(columns)
-    with (
-        store.replacing(path) as unfinished,
-        pa.OSFile(str(unfinished), "wb") as sink,
-        ipc.new_file(sink, batch.schema) as writer,
-    ):
-        writer.write_batch(batch)
+    return pa.record_batch(columns)
 
 
 def _lists(arrays: Sequence[np.ndarray]) -> Any:
@@ -68,10 +105,10 @@ def _lists(arrays: Sequence[np.ndarray]) -> Any:
 
 
 class _Shard:
-    """The columns of a shard's file, as views of its memory-mapped bytes."""
+    """The columns of a shard's file, as views of its memory-mapped bytes, or of its content."""
 
-    def __init__(self, path: str) -> None:
-        with pa.memory_map(path) as source:
+    def __init__(self, path: str | bytes) -> None:
+        with pa.BufferReader(path) if isinstance(path, bytes) else pa.memory_map(path) as source:
             batch = ipc.open_file(source).get_batch(0)
         self.ids, self.offsets = _views(batch.column("input_ids"))
         self.runs, self.run_offsets = _views(batch.column("targets"))
@@ -98,11 +135,11 @@ class SampleTable:
         target_counts: targets of each row, (num_rows,) int32.
     """
 
-    def __init__(self, paths: Sequence[str], block_len: int | None = None) -> None:
+    def __init__(self, paths: Sequence[str | bytes], block_len: int | None = None) -> None:
         """Open shards.
 
         Args:
-            paths: files of the shards in order.
+            paths: files of the shards in order, or their contents.
             block_len: lay the tokens of all shards into blocks of this length, the last one
                 shorter, all of it learned; None: a row is what it was when the shard was written.
         """
@@ -131,9 +168,18 @@ class SampleTable:
         return self._block(index) if self._is_blocks else self._row(index)
 
     @property
+    def num_rows(self) -> int:
+        """Rows, as many as `len`; a table in bins has more rows than bins."""
+        return len(self)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all rows."""
         return int(self._token_starts[-1])
+
+    def samples(self, index: int) -> list[Sample]:
+        """The samples of a row: itself; a bin of a table in bins has several."""
+        return [self[index]]
 
     def _row(self, index: int) -> Sample:
         number = int(np.searchsorted(self._row_starts, index, "right")) - 1

@@ -97,7 +97,7 @@ def check_columns(dataset: DataSet) -> None:
     missing = dict(dataset.layout.columns)
     known: dict[str, None] = {}
     for file in dataset.files:
-        for piece in files.cut(file, CHUNK_BYTES) if missing else ():
+        for piece in files.pieces(file, CHUNK_BYTES) if missing else ():
             for row in files.read(piece):
                 if isinstance(row, Mapping):
                     known.update(dict.fromkeys(row))

@@ -22,7 +22,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llmray import hub, store
 from llmray.arguments import environment
-from llmray.data import prepared
+from llmray.data import access, prepared
+from llmray.data.access import StreamRef
 from llmray.errors import ClusterError, LlmrayError
 from llmray.orchestration import cluster
 from llmray.orchestration.plan import Node
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from llmray.arguments.run import RunArguments
 
 log = getLogger("llmray")
+
+Ref = prepared.PreparedRef | StreamRef
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class Environment:
 
 def prepare(
     arguments: RunArguments, nodes: Sequence[Node], driver_node: str, environ: Environment
-) -> prepared.PreparedRef:
-    """The prepared data set of the run, there on all `nodes`.
+) -> Ref:
+    """The prepared data set of the run, there on all `nodes`; a stream is only looked at.
 
     Args:
         arguments: the run.
@@ -60,13 +63,19 @@ def prepare(
         ClusterError: nodes came to different data.
     """
     others = [node for node in nodes if node.node_id != driver_node]
-    if arguments.data.data_shared_file_system and others:
+    shares = arguments.data.data_shared_file_system and not arguments.data.streaming
+    if shares and others:
         return _prepare_together(arguments, nodes, others, environ)
     if len(others) < len(nodes):
         first = ready_here(arguments, {})
     else:
         [first] = _on_nodes(arguments, others[:1], environ)
     if not others:
+        return first[1]
+    if isinstance(first[1], StreamRef):
+        rest = others if len(others) < len(nodes) else others[1:]
+        refs = [first[1], *(ref for _, ref in _on_nodes(arguments, rest, environ))]
+        _compare(refs, len(nodes))
         return first[1]
     # where the cache is shared they have it now, and the rest need not even look for it
     seen = cluster.on_nodes(
@@ -90,6 +99,7 @@ def _prepare_together(
     Path(shared).mkdir(parents=True, exist_ok=True)
     cluster.check_visible(others, shared, "tokenized_path" if place else "LLMRAY_CACHE")
     _, ref = ready_here(arguments, {}, _Spread(nodes, environ))
+    assert isinstance(ref, prepared.PreparedRef), "streams are not built"
     seen = cluster.on_nodes(others, os.path.isdir, ref.path)
     if not all(seen.values()):
         raise ClusterError(
@@ -158,7 +168,7 @@ def _build_shard(plan: prepared.Plan, index: int) -> tuple[prepared.ShardReport,
     return prepared.build_shard(plan, index), ray.util.get_node_ip_address()
 
 
-def _compare(refs: Sequence[prepared.PreparedRef], num_nodes: int) -> None:
+def _compare(refs: Sequence[Ref], num_nodes: int) -> None:
     """Fail where nodes came to different data; says what differs."""
     first = refs[0]
     for ref in refs[1:]:
@@ -203,7 +213,7 @@ def _receive(place: str | None, key: str, name: str, content: bytes) -> None:
 
 def _on_nodes(
     arguments: RunArguments, nodes: Sequence[Node], environ: Environment
-) -> list[tuple[Path, prepared.PreparedRef]]:
+) -> list[tuple[Path, Ref]]:
     found = cluster.on_nodes(
         nodes,
         ready_here,
@@ -230,12 +240,12 @@ def ready_here(
     arguments: RunArguments,
     secrets: Mapping[str, str],
     build_shards: prepared.BuildShards | None = None,
-) -> tuple[Path, prepared.PreparedRef]:
+) -> tuple[Path, Ref]:
     """Resolve the model and build the prepared data set on this machine."""
     os.environ.update(secrets)
     model_dir = hub.resolve(arguments.model.model_name_or_path, arguments.model)
     root = prepared_root()
-    return model_dir, prepared.ensure(arguments, model_dir, root=root, build_shards=build_shards)
+    return model_dir, access.ready(arguments, model_dir, root=root, build_shards=build_shards)
 
 
 def prepared_root() -> Path:

@@ -31,6 +31,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from llmray import store
 from llmray.arguments import environment
+from llmray.data.prepared import PreparedRef
 from llmray.errors import ArgumentsError, ClusterError, LlmrayError
 from llmray.orchestration import board as boards
 from llmray.orchestration import cluster, prepare_job, worker
@@ -43,7 +44,6 @@ from llmray.train.parallel import backend
 
 if TYPE_CHECKING:
     from llmray.arguments.run import RunArguments
-    from llmray.data.prepared import PreparedRef
 
 log = getLogger("llmray")
 
@@ -95,7 +95,9 @@ def prepare(arguments: RunArguments) -> PreparedRef:
         log.info("%s", joined)
         nodes = list(cluster.inventory().nodes)
         here = ray.get_runtime_context().get_node_id()
-        return prepare_job.prepare(arguments, nodes, here, _tasks_environment(joined.is_ours))
+        ref = prepare_job.prepare(arguments, nodes, here, _tasks_environment(joined.is_ours))
+        assert isinstance(ref, PreparedRef), "streams are not prepared"
+        return ref
     finally:
         ray.shutdown()
 

@@ -19,7 +19,7 @@ import torch
 from ray.train import CheckpointUploadMode
 
 from llmray import hub
-from llmray.data import prepared
+from llmray.data import access
 from llmray.errors import LlmrayError
 from llmray.orchestration import prepare_job
 from llmray.orchestration.board import Job, Relay
@@ -53,7 +53,7 @@ def train_loop(config: dict[str, Any]) -> None:
         context = run.Context(
             world=world,
             run_dir=job.run_dir,
-            prepared=prepared.place_here(job.prepared, prepare_job.prepared_root()),
+            prepared=access.place_here(job.prepared, prepare_job.prepared_root()),
             model_dir=_model_dir(arguments),
             stop=relay.reason if relay else lambda: None,
             observers=(relay,) if relay else (),

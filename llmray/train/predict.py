@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmray.data.shards import SampleTable
+from llmray.data.shards import Table
 from llmray.train.engine import Engine
 from llmray.train.generate import Response, Sampling, ended
 from llmray.train.similarity import similarity
@@ -84,7 +84,7 @@ class Predictor:
         reason = self.stop() if world.is_main else None
         return world.sum([1.0 if reason else 0.0])[0] > 0
 
-    def _answer(self, table: SampleTable, batch: np.ndarray, number: int) -> dict[int, list[int]]:
+    def _answer(self, table: Table, batch: np.ndarray, number: int) -> dict[int, list[int]]:
         """The responses to the rows of batch `number`, by row."""
         prompts = [parts(table, int(row))[0] for row in batch]
         device = self.engine.world.device
@@ -93,7 +93,7 @@ class Predictor:
             responses: list[Response] = self.engine.generate(prompts, self.sampling)
         return {int(row): found.ids for row, found in zip(batch, responses, strict=True)}
 
-    def _prediction(self, table: SampleTable, row: int, answer: list[int]) -> Prediction:
+    def _prediction(self, table: Table, row: int, answer: list[int]) -> Prediction:
         prompt, label = parts(table, row)
         whole = ended(label, self.sampling.stop_ids).ids
         return Prediction(
@@ -110,15 +110,15 @@ class Predictor:
         )
 
 
-def parts(table: SampleTable, row: int) -> tuple[list[int], list[int]]:
+def parts(table: Table, row: int) -> tuple[list[int], list[int]]:
     """The prompt of a row and the response to compare with, as token ids."""
-    sample = table[row]
+    [sample] = table.samples(row)
     start = int(np.argmax(sample.target_mask))
     ids = sample.input_ids.tolist()
     return ids[:start], ids[start:]
 
 
-def plan(table: SampleTable, per_device: int) -> list[np.ndarray]:
+def plan(table: Table, per_device: int) -> list[np.ndarray]:
     """Rows that are answered together, prompts of like length, the longest first."""
     prompt_lens = table.lengths - table.target_counts
     order = np.argsort(-prompt_lens, kind="stable")

@@ -14,21 +14,47 @@ from torch import Tensor
 
 from llmray.batch import Batch
 from llmray.data.batches import Batches
-from llmray.data.collate import collate
-from llmray.data.prepared import SampleTable
+from llmray.data.collate import collate, split
+from llmray.data.prepared import PackedTable, Sample, Table
+from llmray.train.parallel import World
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a table as batches in the layout that the model takes."""
+    """Rows of a table, or its bins, as batches in the layout that the model takes."""
 
-    table: SampleTable
+    table: Table
     flat: bool
     pad_id: int
 
+    @property
+    def splits(self) -> bool:
+        """Whether a micro-batch may become several: bins for a model that pads their rows."""
+        return not self.flat and isinstance(self.table, PackedTable)
+
     def batch(self, indices: np.ndarray) -> Batch:
-        """The micro-batch of these rows; no rows give one token without a target."""
-        return collate([self.table[int(i)] for i in indices], flat=self.flat, pad_id=self.pad_id)
+        """One micro-batch of these rows; no rows give one token without a target."""
+        return self._collate(self._samples(indices))
+
+    def batches(self, indices: np.ndarray) -> list[Batch]:
+        """One micro-batch of these rows; several, none larger than the bins, where it `splits`."""
+        if not self.splits or not len(indices):
+            return [self.batch(indices)]
+        samples = self._samples(indices)
+        lengths = [len(sample.input_ids) for sample in samples]
+        max_cells = int(self.table.lengths[indices].max()) * len(indices)
+        groups = split(lengths, max_cells)
+        return [self._collate([samples[i] for i in group]) for group in groups]
+
+    def empty(self) -> Batch:
+        """One token without a target."""
+        return self._collate([])
+
+    def _samples(self, indices: np.ndarray) -> list[Sample]:
+        return [sample for i in indices for sample in self.table.samples(int(i))]
+
+    def _collate(self, samples: list[Sample]) -> Batch:
+        return collate(samples, flat=self.flat, pad_id=self.pad_id)
 
 
 @dataclass(frozen=True)
@@ -65,17 +91,29 @@ class Reader:
         batches: the plan; its position moves with `step`, not with what is read ahead.
         ahead: how far reading runs ahead.
         last_step: steps from this one on are not read ahead.
+        world: this rank among all, where rows of bins may be padded; None: alone.
     """
 
     def __init__(
-        self, rows: Rows, batches: Batches, ahead: Ahead, last_step: int | None = None
+        self,
+        rows: Rows,
+        batches: Batches,
+        ahead: Ahead,
+        last_step: int | None = None,
+        world: World | None = None,
     ) -> None:
         self.rows = rows
         self.batches = batches
+        self._world = world
         self._ahead = ahead
         self._last_step = last_step
         self._pool = ThreadPoolExecutor(ahead.num_threads, "read") if ahead.num_threads else None
-        self._waiting: dict[int, list[Future[Batch]]] = {}
+        self._waiting: dict[int, list[Future[list[Batch]]]] = {}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch."""
+        return self.rows.table.num_rows
 
     def step(self, step: int) -> list[Batch]:
         """The micro-batches of step number `step`, counted from 0 over all epochs."""
@@ -87,7 +125,7 @@ class Reader:
             self._fill(step, self._pool)
             made = [future.result() for future in self._waiting.pop(step)]
         self.batches.pass_by(*divmod(step, self.batches.steps_per_epoch))
-        return made
+        return self._as_many([batch for parts in made for batch in parts])
 
     def work(self, step: int) -> Work:
         """What the rows of that step amount to."""
@@ -100,6 +138,13 @@ class Reader:
         """End the threads."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _as_many(self, micro_batches: list[Batch]) -> list[Batch]:
+        """As many on every rank: where rows of bins are padded, their number differs."""
+        if not self.rows.splits or self._world is None:
+            return micro_batches
+        [most] = self._world.max([len(micro_batches)])
+        return micro_batches + [self.rows.empty()] * (int(most) - len(micro_batches))
 
     def _plan(self, step: int) -> list[np.ndarray]:
         return self.batches.micro_batches(*divmod(step, self.batches.steps_per_epoch))
@@ -120,6 +165,6 @@ class Reader:
     def _is_last(self, number: int) -> bool:
         return self._last_step is not None and number >= self._last_step
 
-    def _collate(self, indices: np.ndarray) -> Batch:
-        batch = self.rows.batch(indices)
-        return batch.map(Tensor.pin_memory) if self._ahead.pins else batch
+    def _collate(self, indices: np.ndarray) -> list[Batch]:
+        batches = self.rows.batches(indices)
+        return [batch.map(Tensor.pin_memory) for batch in batches] if self._ahead.pins else batches

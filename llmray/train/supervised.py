@@ -1,4 +1,4 @@
-"""One update of pt and sft: rows of the plan, forward, backward, update."""
+"""One update of pt and sft: rows, planned or streamed, forward, backward, update."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from llmray.train import device_memory
 from llmray.train.engine import Engine
+from llmray.train.feed import StreamReader
 from llmray.train.loop import StepResult
 from llmray.train.losses import Objective
 from llmray.train.reading import Reader, Rows
@@ -19,7 +20,7 @@ class SupervisedStep:
     """A `do_step` of the loop; after every `release_every` updates unused memory is given back."""
 
     engine: Engine
-    reader: Reader
+    reader: Reader | StreamReader
     objective: Objective
     release_every: int | None = None
 

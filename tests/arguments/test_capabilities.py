@@ -19,7 +19,8 @@ WORKING = """
 model_name_or_path adapter_name_or_path cache_dir model_revision disable_gradient_checkpointing
 use_reentrant_gc train_from_scratch infer_dtype hf_hub_token print_param_status trust_remote_code
 compute_dtype device_map model_max_length block_diag_attn
-dataset eval_dataset eval_on_each_dataset cutoff_len train_on_prompt mask_history
+dataset eval_dataset eval_on_each_dataset cutoff_len train_on_prompt mask_history packing
+neat_packing streaming buffer_size
 overwrite_cache preprocessing_batch_size preprocessing_num_workers max_samples val_size
 tokenized_path data_shared_file_system
 default_system template tool_format enable_thinking preserve_thinking
@@ -58,7 +59,6 @@ PARTLY = {
     ),
     "lr_scheduler_type": (["cosine", "linear", "polynomial", "inverse_sqrt"], ["greedy"]),
     "dataset_dir": (["data", "/x"], ["ONLINE", "REMOTE:a/b", {"a": {}}]),
-    "packing": ([False, None], [True]),
     "flash_attn": (["auto", "disabled", "sdpa"], ["fa2", "fa3"]),
     "fsdp": ([None, "", False], ["full_shard auto_wrap", True]),
 }
@@ -120,10 +120,6 @@ def test_what_does_not_work_of_a_key(key, value):
     assert NOT_BUILT[key].sentence in str(error.value)
 
 
-def test_packing_works_for_texts():
-    assert load(BASE | {"stage": "pt", "packing": True}, environ={}).data.packing is True
-
-
 # the documents' sections on output, training and validation
 DOCUMENTED = """
 output_dir logging_steps save_steps plot_loss overwrite_output_dir
@@ -176,6 +172,7 @@ COMBINED = {
     ("reward_model_type", "finetuning_type"): {"stage": "ppo", "finetuning_type": "full"},
     ("streaming", "max_samples"): {"streaming": True, "max_samples": 8},
     ("streaming", "tokenized_path"): {"streaming": True, "tokenized_path": "t"},
+    ("streaming", "predict_with_generate"): {"streaming": True, "predict_with_generate": True},
     ("load_best_model_at_end", "stage"): {"load_best_model_at_end": True, "stage": "rm"},
 }
 

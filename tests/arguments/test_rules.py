@@ -149,6 +149,22 @@ CASES = {
     "one_supervised_loss": [
         ({"use_dft_loss": True, "use_eaft_loss": True}, {"use_dft_loss": False}, "use_dft_loss")
     ],
+    "streams_are_not_planned": [
+        ({"streaming": True, "packing": True}, {"stage": "pt"}, "packing=true: bins"),
+        ({"streaming": True, "neat_packing": True}, {"neat_packing": False}, "neat_packing=true"),
+        (
+            {"streaming": True, "train_sampling_strategy": "group_by_length"},
+            {"train_sampling_strategy": "random"},
+            "group_by_length",
+        ),
+        *(
+            ({"streaming": True, key: "epoch"}, {key: "steps"}, f"{key}=epoch")
+            for key in ("save_strategy", "eval_strategy", "logging_strategy")
+        ),
+    ],
+    "streams_train": [
+        ({"streaming": True, "do_eval": True}, {"do_train": True}, "without do_train"),
+    ],
     "calibration_needs_texts": [
         (
             {"export_quantization_bit": 4},
@@ -260,6 +276,10 @@ CASES = {
     ],
     "neat_packing_packs": [
         ({"neat_packing": True, "packing": False}, {"packing": None}, "packing=false")
+    ],
+    "pairs_are_not_packed": [
+        ({"packing": True, "stage": stage}, {"packing": False}, f"packing=true with stage={stage}")
+        for stage in ("rm", "dpo", "kto", "ppo")
     ],
     "settings_of_the_schedule": [
         (

@@ -51,6 +51,7 @@ LOADS = {
     "full": COMMON.replace("lora\nlora_rank: 8\nlora_target: all", "full"),
     "evaluated": COMMON + "val_size: 0.1\nper_device_eval_batch_size: 1\neval_strategy: steps\n"
     "eval_steps: 500\n",
+    "tokenized": COMMON + "tokenized_path: saves/dataset\n",
     "swanlab": COMMON + "use_swanlab: true\nswanlab_run_name: some\n",
     "predict": "model_name_or_path: org/Some-4B\nstage: sft\ndo_predict: true\n"
     "finetuning_type: full\neval_dataset: a\npredict_with_generate: true\noutput_dir: saves/p\n"
@@ -64,7 +65,6 @@ FAILS = {
     "rm": COMMON + "stage: rm\n",
     "ppo": COMMON + "stage: ppo\nreward_model: saves/reward\nmax_new_tokens: 512\ntop_k: 0\n"
     "top_p: 0.9\n",
-    "tokenized": COMMON + "tokenized_path: saves/dataset\n",
     "deepspeed": COMMON + "deepspeed: examples/deepspeed/ds_z3_config.json\n",
     "low bit": COMMON + "quantization_bit: 4\nquantization_method: bnb\n",
     "galore": LOADS["full"].replace("steps: 8", "steps: 1") + "use_galore: true\n"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmray.data.collate import collate
+from llmray.data.collate import collate, split
 from llmray.data.shards import Sample
 
 
@@ -81,3 +81,13 @@ def test_a_token_is_learned_where_another_one_stands(flat: bool) -> None:
     batch = collate([row], flat=flat, pad_id=0)
     assert batch.input_ids.tolist() == [[5, 6, 7]]
     assert batch.target_ids.tolist() == [6, 99]
+
+
+def test_samples_of_like_length_share_a_rectangle() -> None:
+    """12 cells: 9 stands alone, since two would have 18; 4, 4 and 3 have 12; 2, 1, 1 have 6."""
+    assert split([2, 9, 4, 1, 4, 3, 1], 12) == [[1], [2, 4, 5], [0, 3, 6]]
+
+
+def test_a_sample_larger_than_the_cells_stands_alone() -> None:
+    assert split([20, 20, 1], 12) == [[0], [1], [2]]
+    assert split([], 12) == []

@@ -672,3 +672,24 @@ def test_prepared_data_is_found_where_this_machine_has_it(
     (folder / "rows.jsonl").unlink()
     assert not prepared.has_sources(arguments(folder), root=root)
     assert prepared.has_sources(arguments(folder, dataset="other"), root=root)
+
+
+def test_packing_is_planned_once_and_committed_with_the_data(
+    folder: Path, root: Path, tiny_llama_dir: Path, small_shards: None
+) -> None:
+    model = copied(tiny_llama_dir, folder / "model")
+    keys = {"val_size": 5, "cutoff_len": 256}
+    plain = arguments(folder, **keys)
+    packs = arguments(folder, **keys, packing=True)
+    unpacked = prepared.open(prepared.ensure(plain, model, root=root))
+    ref = prepared.ensure(packs, model, root=root)
+    prepared.verify(ref)
+    assert set(prepared.packing.FILES) <= set(store.read_manifest(ref.path).files)
+    table = prepared.open(ref)
+    assert isinstance(table.train, prepared.PackedTable)
+    assert table.train.num_rows == len(unpacked.train) == ref.num_train == 35
+    assert len(table.train) < 20
+    assert table.train.lengths.max() <= 256
+    assert len(table.eval["eval"]) == 5, "rows to evaluate on are not packed"
+    again = prepared.ensure(arguments(folder, **keys, neat_packing=True), model, root=root)
+    assert again.path == ref.path != unpacked.path

@@ -170,3 +170,18 @@ def test_two_workers_predict_what_one_process_does_also_when_one_of_them_dies(
     texts = [(one.output_dir / "generated_predictions.jsonl").read_text() for one in (run, alone)]
     assert texts[0] == texts[1]
     assert texts[0].count("\n") == 12
+
+
+def test_a_stream_is_read_by_the_workers(launch, ray_address, ray_home):
+    """Two workers with batches of 2 and one process with batches of 4 take the same steps."""
+    keys = {"streaming": True, "buffer_size": 8, "max_steps": 5, "save_strategy": "no"}
+    before = set(ray_home.rglob("*.arrow"))
+    together = launch("stream", address=ray_address, placement_strategy="SPREAD", **keys)
+    assert together.finish() == 0, together.text
+    alone = launch(
+        "stream-alone", address=None, use_ray=False, per_device_train_batch_size=4, **keys
+    )
+    assert alone.finish() == 0, alone.text
+    assert set(ray_home.rglob("*.arrow")) == before, "nothing is prepared"
+    losses = [[record["loss"] for record in run.log()] for run in (together, alone)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)

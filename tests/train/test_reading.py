@@ -24,12 +24,12 @@ class Table:
         self.target_counts = LENGTHS - 1
         self.read: list[tuple[int, str]] = []
 
-    def __getitem__(self, index: int) -> Sample:
+    def samples(self, index: int) -> list[Sample]:
         self.read.append((index, threading.current_thread().name))
         ids = np.arange(LENGTHS[index], dtype=np.int32) + index
         mask = np.ones(len(ids), np.bool_)
         mask[0] = False
-        return Sample(ids, mask)
+        return [Sample(ids, mask)]
 
 
 def reader(ahead: Ahead, last_step: int | None = None) -> Reader:
@@ -70,7 +70,7 @@ def test_rows_are_read_before_they_are_asked_for_and_not_beyond_the_end() -> Non
 def test_an_error_in_a_thread_is_raised_where_the_step_is_asked_for() -> None:
     helped = reader(Ahead(2))
     helped.rows.table.lengths = LENGTHS  # type: ignore[misc]
-    helped.rows.table.__class__ = type("Broken", (Table,), {"__getitem__": lambda *_: 1 / 0})
+    helped.rows.table.__class__ = type("Broken", (Table,), {"samples": lambda *_: 1 / 0})
     with pytest.raises(ZeroDivisionError):
         helped.step(0)
     helped.close()

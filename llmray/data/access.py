@@ -1,0 +1,194 @@
+"""The data of a run, prepared first or read while training: made ready in the driver, then opened.
+
+ref = access.ready(arguments, model_dir, root=cache / "prepared")
+stream = access.open_stream(arguments, model_dir, root=..., ranks=ranks)    # if it is a stream
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmray.data import identity, planning, prepared, sources
+from llmray.data.file_rows import FileRows, Ranks
+from llmray.data.planning import Plan
+from llmray.data.prepared import BuildShards, PreparedRef
+from llmray.data.shards import Sample
+from llmray.data.sources import DataSet
+from llmray.data.streaming import Stream, StreamOptions, block
+from llmray.errors import DataError
+
+if TYPE_CHECKING:
+    from llmray.arguments.run import RunArguments
+
+
+@dataclass(frozen=True)
+class StreamRef:
+    """What is streamed; picklable. `key` follows from the files' names and sizes, not their bytes.
+
+    Two nodes whose files lie at different places come to the same key. `fingerprint` holds, in JSON
+    types, all that it follows from.
+    """
+
+    key: str
+    fingerprint: dict[str, Any] = field(repr=False, default_factory=dict)
+
+
+class MemoryTable:
+    """Rows that are kept in memory, as a table.
+
+    Attributes:
+        lengths: tokens of each row, (num_rows,) int32.
+        target_counts: targets of each row, (num_rows,) int32.
+    """
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = samples
+        self.lengths = np.array([len(sample.input_ids) for sample in samples], np.int32)
+        counts = [int(sample.target_mask.sum()) for sample in samples]
+        self.target_counts = np.array(counts, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._samples[index]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, as many as `len`."""
+        return len(self)
+
+    def samples(self, index: int) -> list[Sample]:
+        """The samples of a row: itself."""
+        return [self[index]]
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """An opened stream, and the rows to evaluate on by name."""
+
+    train: Stream
+    eval: dict[str, MemoryTable]
+
+
+def ready(
+    arguments: RunArguments,
+    model_dir: Path | str,
+    *,
+    root: Path,
+    build_shards: BuildShards | None = None,
+) -> PreparedRef | StreamRef:
+    """The data of a run, prepared if that is not done; of a stream, what is known beforehand.
+
+    Args:
+        arguments: of the run.
+        model_dir: the folder of the tokenizer.
+        root: where prepared data lies, and sets from a hub.
+        build_shards: as in `prepared.ensure`.
+
+    Raises:
+        DataError: a set, a file, a column or a row is missing or wrong.
+        StoreError: the data cannot be written.
+    """
+    if not arguments.data.streaming:
+        return prepared.ensure(arguments, model_dir, root=root, build_shards=build_shards)
+    train, evaluation = prepared.sets_of(arguments, Path(root))
+    for dataset in [*train, *evaluation]:
+        sources.check_columns(dataset)
+    digests = identity.Digests(Path(root) / "digests")
+    found = identity.describe(arguments, Path(model_dir), [], [], digests)
+    found["sets"] = [_described(dataset) for dataset in train]
+    found["eval_sets"] = [_described(dataset) for dataset in evaluation]
+    return StreamRef(identity.key_of(found), found)
+
+
+def place_here(ref: PreparedRef | StreamRef, root: Path) -> PreparedRef | StreamRef:
+    """The same data where this machine has it."""
+    return prepared.place_here(ref, root) if isinstance(ref, PreparedRef) else ref
+
+
+def open_stream(
+    arguments: RunArguments, model_dir: Path | str, *, root: Path, ranks: Ranks
+) -> Streamed:
+    """Open the stream of a run at its beginning; a collective call where rows are evaluated on.
+
+    Those are read now and stay in memory: the sets of eval_dataset, or val_size rows that are drawn
+    from the first buffer_size of the stream.
+
+    Raises:
+        DataError: a set, a file or a row is missing or wrong, or too few rows are there.
+        ModelError: there is no usable tokenizer.
+    """
+    train, evaluation = prepared.sets_of(arguments, Path(root))
+    plan = planning.make_plan(planning.Job("", "", {}, [], []), arguments, Path(model_dir))
+    held_out, tables = _held_out(arguments, plan, train, ranks)
+    one_by_one = arguments.data.eval_on_each_dataset
+    names = [f"eval_{dataset.name}" if one_by_one else "eval" for dataset in evaluation]
+    for name in dict.fromkeys(names):
+        sets = [each for each, own in zip(evaluation, names, strict=True) if own == name]
+        tables[name] = _table(list(_reader(plan, "eval", sets, ranks)), plan)
+    training = arguments.training
+    options = StreamOptions(
+        per_device=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        seed=training.seed if training.data_seed is None else training.data_seed,
+        buffer_size=_buffer_size(arguments),
+        block_len=plan.block_len,
+        held_out=held_out,
+        drop_last=training.dataloader_drop_last,
+    )
+    return Streamed(Stream(_reader(plan, "train", train, ranks), options), tables)
+
+
+def _described(dataset: DataSet) -> list[Any]:
+    layout = dataset.layout
+    names = [layout.formatting, dict(layout.columns), dict(layout.tags)]
+    files = [
+        [file.format, os.path.basename(file.path), os.stat(file.path).st_size]
+        for file in dataset.files
+    ]
+    return [*names, files]
+
+
+def _reader(plan: Plan, table: str, sets: Sequence[DataSet], ranks: Ranks) -> FileRows:
+    layouts = [(file, dataset.layout) for dataset in sets for file in dataset.files]
+    return FileRows(plan, table, layouts, ranks)
+
+
+def _buffer_size(arguments: RunArguments) -> int | None:
+    return None if arguments.finetuning.disable_shuffling else arguments.data.buffer_size
+
+
+def _held_out(
+    arguments: RunArguments, plan: Plan, train: Sequence[DataSet], ranks: Ranks
+) -> tuple[frozenset[int], dict[str, MemoryTable]]:
+    """Which rows of the stream are set aside, and the table of them."""
+    count = int(arguments.data.val_size)
+    if not count:
+        return frozenset(), {}
+    window = max(arguments.data.buffer_size, count + 1)
+    rows = list(islice(_reader(plan, "train", train, ranks), window))
+    if len(rows) <= count:
+        raise DataError(
+            f"val_size={count} sets {count} rows aside, and there are {len(rows)}. Required: rows "
+            "left to train on. Lower val_size, or take more data."
+        )
+    draw = np.random.Generator(np.random.PCG64(arguments.training.seed))
+    chosen = np.sort(draw.permutation(len(rows))[:count]).tolist()
+    return frozenset(chosen), {"eval": _table([rows[index] for index in chosen], plan)}
+
+
+def _table(rows: Sequence[Sample], plan: Plan) -> MemoryTable:
+    """The rows, or blocks of their tokens where the plan lays texts into blocks."""
+    if plan.block_len is None:
+        return MemoryTable(rows)
+    ids = np.concatenate([row.input_ids for row in rows] or [np.empty(0, np.int32)])
+    starts = range(0, len(ids), plan.block_len)
+    return MemoryTable([block(ids[start : start + plan.block_len]) for start in starts])
