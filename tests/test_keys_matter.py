@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from tiny import make_model, make_tokenizer
 
-from llmray import assembly, cli, hub, local
+from llmray import assembly, cli, hub, local, store
 from llmray.arguments import capabilities
 from llmray.arguments.run import FIELDS, load
 from llmray.data import access, prepared
@@ -409,7 +409,7 @@ def rebuilt(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> bool:
     times = []
     for token in ("one", "two"):
         ref = prepared.ensure(arguments, model, root=site.root / "rebuilt", run_token=token)
-        times.append(Path(ref.path, "manifest.json").stat().st_mtime_ns)
+        times.append(store.read_manifest(ref.path).metadata["built_at"])
     return times[0] != times[1]
 
 

@@ -218,6 +218,7 @@ SEEN: dict[str, tuple[str | None, str | None, Callable[[Look], object]]] = {
     "USE_RAY": ("0", "1", enabled),
     "LLMRAY_HOME": ("/one", "/two", start_of_paths),
     "LLMRAY_CACHE": ("/one", "/two", cache),
+    "LLMRAY_DRIVER_CACHE": ("/one", "/two", cache),
     "LLMRAY_DEBUG": (None, "1", of_a_defect),
     "LLMRAY_PASS_ENV": (None, "MY_FLAG", given_to_workers),
     "ALLOW_EXTRA_ARGS": (None, "1", unknown_key),
