@@ -58,7 +58,6 @@ LOADS = {
     "per_device_eval_batch_size: 1\n",
     "chat": "model_name_or_path: org/Some-4B\nadapter_name_or_path: saves/run\ntemplate: llama3\n"
     "infer_backend: huggingface\ntrust_remote_code: true\n",
-    "tokenized": "stage: sft\n" + COMMON + "tokenized_path: saves/dataset\n",
 }
 FAILS = {
     "dpo": COMMON + "stage: dpo\npref_beta: 0.1\npref_loss: sigmoid\n",
