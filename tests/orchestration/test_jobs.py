@@ -78,8 +78,10 @@ def test_a_job_trains_where_results_stay_and_its_log_is_plain_lines(submit, ray_
 
 @token_only
 def test_a_stopped_job_saves_and_the_same_submission_goes_on(submit, head):
-    run = submit("stopped", "--submission-id", "first", "--runtime-env-json", GRACE)
-    run.wait_for(r"step 2/12")
+    # long enough for `ray job stop`, which takes seconds to start
+    long = {"max_steps": 100, "save_steps": 50}
+    run = submit("stopped", "--submission-id", "first", "--runtime-env-json", GRACE, **long)
+    run.wait_for(r"step 2/100")
     ray_job(head, "stop", "first")
     run.finish()
     assert "Job 'first' was stopped" in ray_job(head, "status", "first")
@@ -87,13 +89,13 @@ def test_a_stopped_job_saves_and_the_same_submission_goes_on(submit, head):
     assert f"stopped by SIGTERM, saved in {run.run_dir}" in said
     assert "kills this job after 3 s" not in said
     stopped = run.log()[-1]["current_steps"]
-    assert 2 <= stopped < 12
+    assert 2 <= stopped < 100
     assert (run.run_dir / f"checkpoint-{stopped}" / "manifest.json").is_file()
-    again = submit("stopped")
+    again = submit("stopped", **long)
     assert again.finish() == 0, again.text
-    assert f"step {stopped} of 12, {12 - stopped} steps remain" in again.text
+    assert f"step {stopped} of 100, {100 - stopped} steps remain" in again.text
     assert "RAY_JOB_STOP_WAIT_TIME_S" in again.text
-    assert [record["current_steps"] for record in again.log()] == list(range(1, 13))
+    assert [record["current_steps"] for record in again.log()] == list(range(1, 101))
 
 
 @token_only
