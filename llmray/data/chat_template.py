@@ -111,6 +111,7 @@ class ChatTemplateRenderer:
                 failure = failure or error
                 continue
             if all(_writes(text, message) for message in messages):
+                _check_told(text, known)
                 return script, text
             failure = failure or RowError(
                 f"the tokenizer's chat template does not write the calls of tools. {REMEDY}"
@@ -232,6 +233,16 @@ def _writes(text: str, message: Message) -> bool:
         call.name in text and all(f"{key}" in text for key in call.arguments)
         for call in message.calls
     )
+
+
+def _check_told(text: str, known: Sequence[Any] | None) -> None:
+    """Fail if a text does not tell of the tools there are."""
+    for tool in known or ():
+        if tool["function"]["name"] not in text:
+            raise RowError(
+                f"the tokenizer's chat template does not tell of tools ({tool['function']['name']})"
+                f". {REMEDY}"
+            )
 
 
 def _check_written(messages: Sequence[Message], turns: Sequence[Turn]) -> None:

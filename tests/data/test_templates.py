@@ -524,6 +524,15 @@ def test_what_the_tokenizers_own_template_leaves_out_is_an_error(
         ChatTemplateRenderer(text, {}, None).turns(Conversation((Message("user", "Q"), response)))
 
 
+def test_tools_that_the_tokenizers_own_template_does_not_tell_of_are_an_error() -> None:
+    tools = json.dumps([{"name": "look_up", "description": "d"}])
+    conversation = Conversation(DIALOGUE.messages, tools=tools)
+    ChatTemplateRenderer(AS_OBJECT, {}, None).turns(conversation)
+    silent = ChatTemplateRenderer(AS_OBJECT.replace("{% if tools %}", "{% if 0 %}"), {}, None)
+    with pytest.raises(RowError, match=r"does not tell of tools \(look_up\)\. Name a template"):
+        silent.turns(conversation)
+
+
 @pytest.mark.parametrize(
     ("text", "keys", "told"),
     [
