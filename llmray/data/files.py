@@ -249,23 +249,26 @@ def _csv_line_number(piece: Piece, index: int) -> int:
 # --- tables: parquet and Arrow ---------------------------------------------------------------
 
 
-def _batches(file: DataFile) -> Iterator[Any]:
-    """Record batches of a parquet or Arrow file in order."""
+def _batches(file: DataFile, first_row: int = 0) -> Iterator[tuple[int, Any]]:
+    """Record batches of a parquet or Arrow file in order, each with the number of its first row.
+
+    Row groups of parquet that end before `first_row` are not read.
+    """
     import pyarrow as pa
     from pyarrow import ipc
     from pyarrow import parquet as pq
 
     try:
         if file.format == "parquet":
-            yield from pq.ParquetFile(file.path).iter_batches(batch_size=1024)
+            yield from _parquet_batches(pq.ParquetFile(file.path), first_row)
             return
         with pa.memory_map(file.path) as source:
             if source.read(6) == b"ARROW1":
                 reader = ipc.open_file(source)
-                yield from map(reader.get_batch, range(reader.num_record_batches))
+                yield from _numbered(map(reader.get_batch, range(reader.num_record_batches)), 0)
             else:
                 source.seek(0)
-                yield from ipc.open_stream(source)
+                yield from _numbered(ipc.open_stream(source), 0)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{file.path} cannot be read as {file.format}: {error}. Required: a whole file of that "
@@ -273,9 +276,24 @@ def _batches(file: DataFile) -> Iterator[Any]:
         ) from error
 
 
+def _parquet_batches(file: Any, first_row: int) -> Iterator[tuple[int, Any]]:
+    at = 0
+    for group in range(file.num_row_groups):
+        num_rows = file.metadata.row_group(group).num_rows
+        if at + num_rows > first_row:
+            yield from _numbered(file.iter_batches(batch_size=1024, row_groups=[group]), at)
+        at += num_rows
+
+
+def _numbered(batches: Iterable[Any], at: int) -> Iterator[tuple[int, Any]]:
+    for batch in batches:
+        yield at, batch
+        at += batch.num_rows
+
+
 def _table_cuts(file: DataFile) -> Iterator[Cut]:
     stop = 0
-    for batch in _batches(file):
+    for _, batch in _batches(file):
         share = max(1, batch.nbytes // max(1, batch.num_rows))
         for _ in range(batch.num_rows):
             stop += 1
@@ -283,13 +301,11 @@ def _table_cuts(file: DataFile) -> Iterator[Cut]:
 
 
 def _read_table(piece: Piece) -> Iterator[Any]:
-    at = 0
-    for batch in _batches(piece.file):
+    for at, batch in _batches(piece.file, piece.start):
         first, last = max(piece.start - at, 0), min(piece.stop - at, batch.num_rows)
         if first < last:
             yield from batch.slice(first, last - first).to_pylist()
-        at += batch.num_rows
-        if at >= piece.stop:
+        if at + batch.num_rows >= piece.stop:
             return
 
 

@@ -163,6 +163,24 @@ def test_the_place_of_a_row_of_a_list_counts_rows_and_lines(tmp_path: Path) -> N
             assert files.place(piece, index) == f"{path}, row {row + 1} (line {line})"
 
 
+def test_row_groups_before_a_piece_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups of 10 rows; the piece holds rows 32 to 44, of groups 3 and 4."""
+    write_parquet(tmp_path / "table.parquet")
+    groups: list[int] = []
+
+    class Noting(pq.ParquetFile):
+        def iter_batches(self, *words, row_groups, **named):
+            groups.extend(row_groups)
+            return super().iter_batches(*words, row_groups=row_groups, **named)
+
+    monkeypatch.setattr(pq, "ParquetFile", Noting)
+    file = files.recognise(tmp_path / "table.parquet")
+    assert list(files.read(files.Piece(file, 32, 45, 32, 13))) == ROWS[32:45]
+    assert groups == [3, 4]
+
+
 def test_rows_that_are_lists_stay_rows(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[[1, 2], [3], {"a": 1}]')
     assert rows_of(tmp_path / "a.json", 1) == [[1, 2], [3], {"a": 1}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import threading
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet as pq
 
 from llmray.arguments.run import RunArguments, load
 from llmray.data import access, file_rows, prepared, streaming
@@ -26,7 +29,7 @@ NUM_ROWS = 53
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three files in two sets, 53 rows together; the second piece of the first is long."""
+    """Three files in two sets, 53 rows together; the same rows as a table; their texts."""
     draw = np.random.default_rng(0)
     rows = [
         {"instruction": f"Number {i}.", "output": "word " * int(draw.integers(1, 20))}
@@ -40,7 +43,14 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / name).write_text(text)
     texts = [row["output"].strip() for row in rows]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "table.parquet", row_group_size=7)
+    with open(tmp_path / "table.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["instruction", "output"])
+        writer.writeheader()
+        writer.writerows(rows)
     info = {
+        "parquet": {"file_name": "table.parquet"},
+        "csv": {"file_name": "table.csv"},
         "many": {"file_name": "many"},
         "list": {"file_name": "list.json"},
         "texts": {"file_name": "texts.txt", "columns": {"prompt": "text"}},
@@ -196,7 +206,15 @@ def resumed(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("at", [0, 1, 4, 8, 9, 13])
-@pytest.mark.parametrize("keys", [{}, {"stage": "pt", "dataset": "texts", "cutoff_len": 32}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"dataset": "parquet"},
+        {"dataset": "csv"},
+        {"stage": "pt", "dataset": "texts", "cutoff_len": 32},
+    ],
+)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_resumed_stream_goes_on_as_if_nothing_had_been(
     at: int, keys: dict, world_size: int, folder: Path, tiny_llama_dir: Path, tmp_path: Path
