@@ -101,7 +101,7 @@ def _groups(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     groups: list[dict[str, Tensor]] = []
     size = MAX_FILE_BYTES
     for key, tensor in tensors.items():
-        if size + tensor.nbytes > MAX_FILE_BYTES:
+        if not groups or size + tensor.nbytes > MAX_FILE_BYTES:
             groups.append({})
             size = 0
         groups[-1][key] = tensor

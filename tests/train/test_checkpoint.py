@@ -98,6 +98,11 @@ def test_state_beyond_one_file_is_split(tmp_path, monkeypatch):
     assert all(torch.equal(back[key], state[key]) for key in state)
 
 
+def test_state_of_nothing_but_an_empty_tensor(tmp_path):
+    write_state(tmp_path / "state", "part", {"empty": torch.empty(0, 4)})
+    assert read_state(tmp_path / "state", "part")["empty"].shape == (0, 4)
+
+
 def test_state_of_another_kind_is_refused_by_name(tmp_path):
     with pytest.raises(TypeError, match="part/a/1 is a set"):
         write_state(tmp_path / "state", "part", {"a": [1, {2}]})
