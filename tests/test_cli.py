@@ -273,3 +273,8 @@ def test_a_tracker_that_cannot_be_used_is_said_before_anything_is_loaded(
     assert "wandb has no key for its service. Set WANDB_API_KEY" in capsys.readouterr().err
     assert cli.main(["check", str(run_file), "report_to=wnadb"]) == 2
     assert "Did you mean wandb?" in capsys.readouterr().err
+
+
+def test_a_stream_is_not_prepared(run_file: Path) -> None:
+    words = ["prepare", str(run_file), "streaming=true", "max_steps=4"]
+    assert cli.main(words) == 2

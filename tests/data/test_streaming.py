@@ -183,6 +183,26 @@ def test_without_shuffling_rows_come_in_the_order_of_the_files(
     assert [row for [[part]] in made for row in part] == all_rows(folder)
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_last_step_that_is_not_full_is_left_out(
+    world_size: int, folder: Path, tiny_llama_dir: Path
+) -> None:
+    keys = {"dataloader_drop_last": True, "per_device_train_batch_size": 6 // world_size}
+    made = steps(arguments(folder, **keys), tiny_llama_dir, world_size, 17)
+    assert [len(rows_of(step)) for step in made] == [6] * 17  # 8 of them an epoch
+    first = [row for step in made[:8] for row in rows_of(step)]
+    assert len(set(first)) == len(first) == 48
+
+
+def test_fewer_rows_than_a_step_are_said(folder: Path, tiny_llama_dir: Path) -> None:
+    keys = {"dataloader_drop_last": True, "per_device_train_batch_size": 60}
+    stream = access.open_stream(
+        arguments(folder, **keys), tiny_llama_dir, root=folder / "x", ranks=Ranks()
+    ).train
+    with pytest.raises(DataError, match="dataloader_drop_last leaves these out"):
+        stream.step()
+
+
 def test_the_buffer_is_what_rows_are_drawn_from(
     folder: Path, tiny_llama_dir: Path, all_rows: Callable
 ) -> None:
