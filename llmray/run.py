@@ -19,6 +19,8 @@ from typing import Any
 from llmray.arguments import environment
 from llmray.arguments.run import RunArguments
 from llmray.assembly import Context, Core, Training, assemble, assemble_evaluation
+from llmray.data import prepared
+from llmray.data.prepared import PreparedRef
 from llmray.errors import CheckpointError
 from llmray.evaluation import evaluate_rows, predict_rows
 from llmray.train import checkpoint, device_memory
@@ -59,6 +61,9 @@ def run(arguments: RunArguments, context: Context) -> RunResult:
     if arguments.training.full_determinism:
         make_deterministic()
     files = Artefacts(context.run_dir, is_main=context.world.is_main)
+    quarantines = arguments.data.bad_rows == "quarantine"
+    if quarantines and context.world.is_main and isinstance(context.prepared, PreparedRef):
+        files.write_text(prepared.BAD_ROWS, prepared.bad_rows(context.prepared))
     if arguments.training.do_train:
         result = _train(arguments, context, files, started)
     else:

@@ -146,6 +146,7 @@ def write_data(directory: Path, first: int) -> None:
         "text": text,
         "tools": [{"messages": called, "tools": tools}] * 8,
         "thoughts": thoughts * 8,
+        "spoilt": [*short, {"instruction": 3}],
     }
     info: dict[str, Any] = {name: {"file_name": f"{name}.json"} for name in sets}
     info["turns"]["formatting"] = "sharegpt"
@@ -239,8 +240,11 @@ class Row:
 FREEZE = {"finetuning_type": "freeze", "freeze_trainable_layers": 1}
 FULL = {"finetuning_type": "full"}
 TEXT = {"stage": "pt", "dataset": "text", "template": ...}
+TOOLS = {"dataset": "tools", "cutoff_len": 512, "truncation": "llamafactory"}
 THOUGHTS = {"template": "qwen3", "dataset": "thoughts", "cutoff_len": 256}
 EPOCHS = {"max_steps": -1, "num_train_epochs": 1}
+MIXED = {"dataset": "short,other"}
+UNDER = {"mix_strategy": "interleave_under"}
 VALIDATION = {"val_size": 0.25, "eval_strategy": "steps", "eval_steps": 2}
 PREDICTS = {"val_size": 0.25, "predict_with_generate": True, "max_new_tokens": 4}
 SAVES = {"save_strategy": "steps", "save_steps": 2}
@@ -257,16 +261,20 @@ ROWS: dict[str, Row] = {
     "eval_dataset": Row("other", "turns", evaluation, {"do_eval": True}),
     "dataset_dir": Row("@data", "@other_data"),
     "cutoff_len": Row(64, 24),
+    "truncation": Row("structure", "llamafactory", keys={"cutoff_len": 24}),
+    "bad_rows": Row("skip", "quarantine", files, {"dataset": "spoilt"}),
     "train_on_prompt": Row(False, True),
     "mask_history": Row(False, True, keys={"dataset": "turns"}),
     "max_samples": Row(..., 3),
+    "mix_strategy": Row("interleave_under", "interleave_over", num_rows, {**MIXED, **EPOCHS}),
+    "interleave_probs": Row("0.5,0.5", "0.9,0.1", num_rows, {**MIXED, **UNDER, **EPOCHS}),
     "val_size": Row(0.25, 5, evaluation, {"do_eval": True}),
     "packing": Row(False, True),
     "neat_packing": Row(False, True),
     "streaming": Row(False, True),
     "buffer_size": Row(1, 8, keys={"streaming": True}),
     "default_system": Row(..., "Answer in one word."),
-    "tool_format": Row("qwen", "llama3", keys={"dataset": "tools", "cutoff_len": 512}),
+    "tool_format": Row("qwen", "llama3", keys=TOOLS),
     "enable_thinking": Row(True, False, keys=THOUGHTS),
     "preserve_thinking": Row(False, True, keys={**THOUGHTS, "mask_history": True}),
     "stage": Row("sft", "pt"),

@@ -124,7 +124,21 @@ def test_what_the_cutoff_takes_out_is_said_in_place(folder):
     assert len(row["input_ids"]) == 24
     [cut] = row["cuts"]
     assert f"cutoff_len took {cut['tokens']} of {24 + cut['tokens']} tokens out" in text
-    assert f"<<{cut['tokens']} tokens cut>>[Short.<|im_end|>\n]" in text
+    end = "<|im_end|>\n<|im_start|>assistant\n[Short.<|im_end|>\n]"
+    assert f"<<{cut['tokens']} tokens cut>>{end}" in text
+
+
+def test_a_mixed_table_is_shown_in_its_order(folder):
+    text = {"stage": "pt", "template": ..., "packing": False, "mix_strategy": "interleave_over"}
+    mixed = arguments(folder, dataset="texts,more", **text)
+    info = folder / "data" / "dataset_info.json"
+    sets = json.loads(info.read_text())
+    sets["more"] = {**sets["texts"], "num_samples": 2}
+    info.write_text(json.dumps(sets))
+    rows = [json.loads(row) for row in shown(mixed, num_rows=5, as_json=True).splitlines()]
+    sources = [row["source"].partition(", ")[2] for row in rows]
+    assert [sources[i] for i in (0, 2, 4)] == [f"row {i} (line {i})" for i in (1, 2, 3)]
+    assert len({sources[1], sources[3]}) == 2
 
 
 def test_targets_are_green_on_a_terminal_unless_no_color_is_set(folder, monkeypatch):

@@ -147,17 +147,6 @@ NOT_BUILT: dict[str, Gap] = {
         lambda value, flat: value != "greedy",
     ),
     # data
-    "dataset_dir": Gap(
-        "Sets from a hub are not built yet. Name a local folder with a dataset_info.json.",
-        lambda value, flat: (
-            isinstance(value, str) and value != "ONLINE" and not value.startswith("REMOTE:")
-        ),
-    ),
-    **_family(
-        f"Interleaving of sets is not built yet; they follow one another. {_REMOVE}",
-        "mix_strategy",
-        "interleave_probs",
-    ),
     **_family(
         f"Images, video and audio are not built yet. {_REMOVE}",
         "media_dir",
@@ -486,6 +475,16 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
         ("streaming", "max_samples"),
         lambda flat: flat["streaming"] and flat["max_samples"] is not None,
         "The head of a stream is not built yet. Remove max_samples.",
+    ),
+    Combination(
+        ("streaming", "mix_strategy"),
+        lambda flat: flat["streaming"] and flat["mix_strategy"] != "concat",
+        "Interleaving of streams is not built yet; they follow one another. Remove mix_strategy.",
+    ),
+    Combination(
+        ("streaming", "bad_rows"),
+        lambda flat: flat["streaming"] and flat["bad_rows"] == "quarantine",
+        "Rows of a stream are not put aside yet. Set bad_rows: skip.",
     ),
     Combination(
         ("streaming", "predict_with_generate"),

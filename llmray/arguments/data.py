@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from llmray.arguments.group import Field, Group, Int, Names, Numbers, Share, TextOrObject
+from llmray.arguments.group import Field, Group, Int, Names, Numbers, RowsOrShare, TextOrObject
 
 
 class DataArguments(Group):
@@ -22,7 +22,8 @@ class DataArguments(Group):
     dataset_dir: TextOrObject = Field(
         "data",
         description="Folder of dataset_info.json and the files it names; REMOTE:name for a hub "
-        "repository that holds them, ONLINE when every name is a hub set.",
+        "repository that holds them, ONLINE when every name is a hub set; or the entries of "
+        "dataset_info.json themselves.",
     )
     media_dir: str | None = Field(
         None, description="Folder of images, video and audio. Not given: dataset_dir."
@@ -33,6 +34,20 @@ class DataArguments(Group):
         "the cluster; false: once on each node.",
     )
     cutoff_len: Int = Field(2048, ge=1, description="Tokens of a row; what is longer is cut.")
+    truncation: Literal["structure", "llamafactory", "error", "drop", "keep_start", "keep_end"] = (
+        Field(
+            "structure",
+            description="What becomes of a row of more than cutoff_len tokens: its content is "
+            "cut, headers and end tokens stay; it is cut as LLaMA-Factory does; it is an error; "
+            "it is left out; its first, or its last, tokens stay.",
+        )
+    )
+    bad_rows: Literal["error", "skip", "quarantine"] = Field(
+        "error",
+        description="What becomes of a row that cannot be read: the run ends and says why; it is "
+        "left out and counted; it is also written with the reason to bad_rows.jsonl in the run "
+        "directory.",
+    )
     train_on_prompt: bool = Field(False, description="Also learn the tokens of the prompt.")
     mask_history: bool = Field(False, description="Learn only the last response of a conversation.")
     streaming: bool = Field(
@@ -48,7 +63,8 @@ class DataArguments(Group):
         Field(
             "concat",
             description="How several sets become one: one after the other, or drawn in turns until "
-            "the first, the last, or each exactly once is used up.",
+            "the first, the last, or each exactly once is used up. Evaluation sets follow one "
+            "another.",
         )
     )
     interleave_probs: Numbers = Field(
@@ -72,7 +88,7 @@ class DataArguments(Group):
     ignore_pad_token_for_loss: bool = Field(
         True, description="Leave padding out of the loss. llmray always does."
     )
-    val_size: Share = Field(
+    val_size: RowsOrShare = Field(
         0.0,
         ge=0,
         description="Rows set aside for evaluation: a share of the data below 1, a number of rows "
@@ -117,3 +133,11 @@ class DataArguments(Group):
     def has_evaluation(self) -> bool:
         """Whether rows are set aside or named for evaluation."""
         return bool(self.eval_dataset) or self.val_size > 0
+
+    @property
+    def dataset_folder(self) -> str | None:
+        """The folder that dataset_dir names; None where it is on a hub, or holds the entries."""
+        value = self.dataset_dir
+        if isinstance(value, dict) or value == "ONLINE" or value.startswith("REMOTE:"):
+            return None
+        return value

@@ -53,14 +53,18 @@ VARIABLES: dict[str, Variable] = {
     "FORCE_CHECK_IMPORTS": Variable(
         "flag", "Refuse model code from a hub where a package that it names is missing."
     ),
-    "USE_MODELSCOPE_HUB": Variable("flag", "Names of models are ModelScope's: not built yet."),
-    "USE_OPENMIND_HUB": Variable("flag", "Names of models are Modelers': not built yet."),
+    "USE_MODELSCOPE_HUB": Variable(
+        "flag", "Sets of data come from ModelScope where they are there; models: not built yet."
+    ),
+    "USE_OPENMIND_HUB": Variable(
+        "flag", "Sets of data come from Modelers where they are there; models: not built yet."
+    ),
     "WANDB_DISABLED": Variable("flag", "Leave wandb out of the trackers."),
     "WANDB_PROJECT": Variable("text", "Project in wandb; goes before the key project."),
 }
 # Libraries read these by themselves; llmray hands them to every worker.
 PASSED_PREFIXES = ("HF_", "NCCL_", "GLOO_", "MALLOC_", "TRANSFORMERS_", "WANDB_", "SWANLAB_")
-# The hubs that are not built yet, by the variable that asks for them.
+# Hubs beside Hugging Face's, by the variable that asks for them.
 OTHER_HUBS = {"USE_MODELSCOPE_HUB": "ModelScope", "USE_OPENMIND_HUB": "Modelers"}
 
 # Variables whose values must not be seen; libraries read them by themselves.

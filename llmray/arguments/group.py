@@ -55,6 +55,18 @@ def as_share(value: Any) -> Any:
     return number
 
 
+def as_rows_or_share(value: Any) -> Any:
+    """As `as_share`, where 1 is one row.
+
+    Raises:
+        ValueError: for 1.0, a share that is all rows; for what is above 1 and not whole.
+    """
+    number = as_number(value)
+    if isinstance(number, float) and number == 1:
+        raise ValueError("1.0 is a share, of all rows; one row is written 1")
+    return as_share(number)
+
+
 def as_names(value: Any) -> Any:
     """One text with commas, or a list, as a tuple of names without blanks around them."""
     if value is None:
@@ -120,6 +132,7 @@ def as_interval(value: Any) -> Any:
 Int = Annotated[int, BeforeValidator(as_number)]
 Float = Annotated[float, BeforeValidator(as_number)]
 Share = Annotated[int | float, BeforeValidator(as_share)]
+RowsOrShare = Annotated[int | float, BeforeValidator(as_rows_or_share)]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
 NamesOrFlag = Annotated[bool | tuple[str, ...], BeforeValidator(as_names_or_flag)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(as_numbers)]
@@ -139,6 +152,7 @@ __all__ = [
     "Object",
     "PathOrFlag",
     "PathPart",
+    "RowsOrShare",
     "Share",
     "TextOrObject",
     "as_interval",

@@ -98,6 +98,8 @@ def absolute(arguments: RunArguments, base: Path, sent: Path | None = None) -> R
     changed |= {
         key: _each(flat[key], starts, must_exist=True) for key in PLACES_OR_NAMES if flat[key]
     }
+    if isinstance(flat["dataset_dir"], dict):
+        changed["dataset_dir"] = _entries(flat["dataset_dir"], starts)
     if sent is not None:
         _require_data(flat["dataset_dir"], changed["dataset_dir"], base)
     if isinstance(flat["resume_from_checkpoint"], str):
@@ -109,6 +111,16 @@ def absolute(arguments: RunArguments, base: Path, sent: Path | None = None) -> R
         return arguments
     log.info("relative paths start from %s", base)
     return arguments.replace(**differing)
+
+
+def _entries(sets: Mapping[str, Any], starts: Sequence[Path]) -> dict[str, Any]:
+    """The entries of a dataset_info with their files as absolute paths."""
+    return {
+        name: {**entry, "file_name": _each(entry["file_name"], starts, must_exist=False)}
+        if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)
+        else entry
+        for name, entry in sets.items()
+    }
 
 
 def _in_use(key: str, value: Any) -> bool:

@@ -99,7 +99,7 @@ def ready(
     """
     if not arguments.data.streaming:
         return prepared.ensure(arguments, model_dir, root=root, build_shards=build_shards)
-    train, evaluation = prepared.sets_of(arguments, Path(root))
+    train, evaluation = _sets(arguments, Path(root))
     for dataset in [*train, *evaluation]:
         sources.check_columns(dataset)
     digests = identity.Digests(Path(root) / "digests")
@@ -126,7 +126,7 @@ def open_stream(
         DataError: a set, a file or a row is missing or wrong, or too few rows are there.
         ModelError: there is no usable tokenizer.
     """
-    train, evaluation = prepared.sets_of(arguments, Path(root))
+    train, evaluation = _sets(arguments, Path(root))
     plan = planning.make_plan(planning.Job("", "", {}, [], []), arguments, Path(model_dir))
     held_out, tables = _held_out(arguments, plan, train, ranks)
     one_by_one = arguments.data.eval_on_each_dataset
@@ -147,11 +147,28 @@ def open_stream(
     return Streamed(Stream(_reader(plan, "train", train, ranks), options), tables)
 
 
+def _sets(arguments: RunArguments, root: Path) -> tuple[list[DataSet], list[DataSet]]:
+    """The sets of a run with their files here, none of which asks for what a stream cannot do."""
+    train, evaluation = prepared.sets_of(arguments, root)
+    for dataset in [*train, *evaluation]:
+        if dataset.num_samples is not None:
+            raise DataError(
+                f"{dataset.name} has num_samples={dataset.num_samples}, and a stream has no known "
+                "length to draw from. Remove num_samples, or set streaming: false."
+            )
+        if dataset.layout.column("id") is not None:
+            raise DataError(
+                f"{dataset.name} names the column id, and ids of a stream are not compared. Remove "
+                "id from its columns, or set streaming: false."
+            )
+    return sources.fetched(train), sources.fetched(evaluation)
+
+
 def _described(dataset: DataSet) -> list[Any]:
     layout = dataset.layout
     names = [layout.formatting, dict(layout.columns), dict(layout.tags)]
     files = [
-        [file.format, os.path.basename(file.path), os.stat(file.path).st_size]
+        [file.format, os.path.basename(file.name), os.stat(file.path).st_size]
         for file in dataset.files
     ]
     return [*names, files]

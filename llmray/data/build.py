@@ -4,44 +4,93 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llmray import store
 from llmray.data import files, shards
-from llmray.data.conversation import Conversation, RowError, to_conversation
+from llmray.data.conversation import Conversation, RowError, RowFormat, to_conversation
 from llmray.data.encoding import Encoder
-from llmray.data.features import FEATURES, RowFeatures
+from llmray.data.features import FEATURES, Outcome, RowFeatures
 from llmray.data.pieces import Piece
-from llmray.data.planning import EVAL, TRAIN, Plan, Shard
+from llmray.data.planning import EVAL, REPEATED, TRAIN, UNUSED, Plan, Shard
+from llmray.data.shards import SampleTable
+from llmray.data.truncation import Dropped
 from llmray.errors import DataError, StoreError
 from llmray.store import FileSum
 
 MOST_PROBLEMS = 10
+COUNTS = ("read", "bad", "over_limit", "truncated", "empty", "without_target")
+GO_ON = "With bad_rows: skip, or quarantine, such rows are left out."
 BATCH_CHARS = 1 << 22  # tokenizing takes about 100 bytes of memory a character
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What came of a shard: sums of its files by name, counts by table, and wrong rows.
+
+    `firsts` says of a count, by its name, where the first such row is. `problems` are wrong rows
+    that must not be.
+    """
+
+    files: dict[str, FileSum]
+    counts: dict[str, int]
+    firsts: dict[str, str] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
 
 
 @dataclass
 class SortedRows:
     """Rows of a shard by what came of them: those of each table, and what is wrong with others."""
 
-    counts: dict[str, int]
-    kept: dict[str, list[RowFeatures]]
-    first_without_target: str | None = None
+    plan: Plan
+    shard: Shard
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+    firsts: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, list[RowFeatures]] = field(default_factory=lambda: defaultdict(list))
+    numbers: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     problems: list[str] = field(default_factory=list)
+    bad: list[dict[str, Any]] = field(default_factory=list)
 
+    def add(self, number: int, where: Where, outcome: Outcome) -> None:
+        """Take what came of a row."""
+        self.counts["read"] += 1
+        if isinstance(outcome, RowError):
+            self._add_bad(where, outcome)
+        elif isinstance(outcome, Dropped):
+            self._leave_out("over_limit", where, f" has {outcome.num_tokens} tokens")
+        elif not len(outcome.input_ids):
+            self.counts["empty"] += 1
+        elif not outcome.targets:
+            self._leave_out("without_target", where)
+        else:
+            self.counts["truncated"] += outcome.is_truncated
+            table = self.shard.table_of(number)
+            self.kept[table].append(outcome)
+            self.numbers[table].append(number)
 
-@dataclass(frozen=True)
-class ShardReport:
-    """What came of a shard: sums of its files by name, counts by table, and wrong rows."""
+    def _leave_out(self, count: str, where: Where, more: str = "") -> None:
+        self.counts[count] += 1
+        if count not in self.firsts:
+            self.firsts[count] = files.place(*where) + more
 
-    files: dict[str, FileSum]
-    counts: dict[str, int]
-    first_without_target: str | None = None
-    problems: tuple[str, ...] = ()
+    def _add_bad(self, where: Where, error: RowError) -> None:
+        if self.plan.bad_rows == "error":
+            self.problems.append(f"{files.place(*where)}: {error}")
+            return
+        self._leave_out("bad", where, f": {error}")
+        if self.plan.bad_rows == "quarantine":
+            path, row, line = files.position(*where)
+            content = files.content(*where) if error.text is None else error.text
+            self.bad.append(
+                {"file": path, "row": row, "line": line, "reason": str(error), "content": content}
+            )
 
 
 def build_shard(plan: Plan, index: int) -> ShardReport:
@@ -55,49 +104,48 @@ def build_shard(plan: Plan, index: int) -> ShardReport:
         return finished(plan, index)
     found = sort_rows(plan, plan.shards[index])
     if found.problems:
-        return ShardReport({}, found.counts, None, tuple(found.problems))
-    report = ShardReport({}, found.counts, found.first_without_target)
-    return _write(plan, index, report, found.kept)
+        return ShardReport({}, found.counts, {}, tuple(found.problems))
+    return _write(plan, index, found)
 
 
 def sort_rows(plan: Plan, shard: Shard) -> SortedRows:
     """Build the rows of a shard; stops after the first `MOST_PROBLEMS` wrong ones."""
-    counts = dict.fromkeys(("read", "truncated", "empty", "without_target"), 0)
-    found = SortedRows(counts, {table: [] for table in plan.tables})
+    found = SortedRows(plan, shard)
     for number, where, outcome in outcomes(plan, shard):
-        counts["read"] += 1
-        if isinstance(outcome, RowError):
-            found.problems.append(f"{files.place(*where)}: {outcome}")
-            if len(found.problems) == MOST_PROBLEMS:
-                break
-        elif not len(outcome.input_ids):
-            counts["empty"] += 1
-        elif not outcome.targets:
-            counts["without_target"] += 1
-            found.first_without_target = found.first_without_target or files.place(*where)
-        else:
-            counts["truncated"] += outcome.is_truncated
-            found.kept[shard.table_of(number)].append(outcome)
+        found.add(number, where, outcome)
+        if len(found.problems) == MOST_PROBLEMS:
+            break
     return found
 
 
-def _write(
-    plan: Plan, index: int, report: ShardReport, kept: Mapping[str, list[RowFeatures]]
-) -> ShardReport:
+def _write(plan: Plan, index: int, found: SortedRows) -> ShardReport:
     """Write the files of a shard, and last its report, which makes it finished."""
     staging = Path(plan.staging)
-    counts = dict(report.counts)
+    counts = dict(found.counts)
     names = []
-    for table, rows in kept.items():
+    for table in plan.tables:
+        rows = found.kept[table]
         counts[f"{table}_rows"] = len(rows)
         counts[f"{table}_tokens"] = sum(len(row.input_ids) for row in rows)
         counts[f"{table}_targets"] = sum(row.num_targets for row in rows)
         if rows:
             names.append(_file(table, index))
-            shards.write(staging / names[-1], rows)
-    done = ShardReport(store.seal(staging, names), counts, report.first_without_target)
+            shards.write(staging / names[-1], rows, found.numbers[table])
+    if found.bad:
+        names.append(_bad_file(index))
+        store.write_atomic(staging / names[-1], "".join(map(_bad_line, found.bad)))
+    done = ShardReport(store.seal(staging, names), counts, found.firsts)
     store.write_atomic(staging / _note(index), json.dumps(asdict(done), sort_keys=True))
     return done
+
+
+def _bad_line(row: Mapping[str, Any]) -> str:
+    line = json.dumps(row, ensure_ascii=False, default=str)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(row, default=str)
+    return line + "\n"
 
 
 def finished(plan: Plan, index: int) -> ShardReport:
@@ -119,41 +167,66 @@ def finished(plan: Plan, index: int) -> ShardReport:
 
 
 Where = tuple[Piece, int]
-Found = tuple[Where, Conversation | RowError]
+Found = tuple[int, Where, Conversation | RowError]
 
 
-def outcomes(plan: Plan, shard: Shard) -> Iterator[tuple[int, Where, RowFeatures | RowError]]:
+def outcomes(plan: Plan, shard: Shard) -> Iterator[tuple[int, Where, Outcome]]:
     """For each row of a shard its number, its place, and its features or what is wrong."""
-    rows = _conversations(plan, shard)
-    number = 0
-    for batch in _batches(rows, plan.batch_size):
-        kinds = [plan.features_of(shard.table_of(number + i)) for i in range(len(batch))]
+    for batch in _batches(_conversations(plan, shard), plan.batch_size):
+        kinds = [plan.features_of(shard.table_of(number)) for number, _, _ in batch]
         built = {kind: _built(plan, kind, kinds, batch) for kind in set(kinds)}
-        for kind, (where, found) in zip(kinds, batch, strict=True):
+        for kind, (number, where, found) in zip(kinds, batch, strict=True):
             outcome = next(built[kind]) if isinstance(found, Conversation) else found
             yield number, where, outcome
-            number += 1
 
 
 def _built(
     plan: Plan, kind: str, kinds: Sequence[str], batch: Sequence[Found]
-) -> Iterator[RowFeatures | RowError]:
+) -> Iterator[Outcome]:
     """The features of those rows of a batch that are of a kind of `FEATURES`, in order."""
     right = [
         found
-        for own, (_, found) in zip(kinds, batch, strict=True)
+        for own, (_, _, found) in zip(kinds, batch, strict=True)
         if own == kind and isinstance(found, Conversation)
     ]
     encoder = _encoder(plan.tokenizer_json)
-    return iter(FEATURES[kind].build(right, encoder, plan.renderer, plan.options))
+
+    def build(conversations: Sequence[Conversation]) -> list[Outcome]:
+        return FEATURES[kind].build(conversations, encoder, plan.renderer, plan.options)
+
+    try:
+        return iter(build(right))
+    except (TypeError, UnicodeEncodeError):
+        return iter(_built_without_halves(right, build))
+
+
+def _built_without_halves(
+    conversations: Sequence[Conversation],
+    build: Callable[[Sequence[Conversation]], list[Outcome]],
+) -> list[Outcome]:
+    """Outcomes where some texts are no Unicode, which tokenizers refuse with various errors."""
+    errors = [_half_a_character(conversation) for conversation in conversations]
+    pairs = list(zip(conversations, errors, strict=True))
+    built = iter(build([conversation for conversation, error in pairs if error is None]))
+    return [next(built) if error is None else error for error in errors]
+
+
+def _half_a_character(conversation: Conversation) -> RowError | None:
+    texts = [conversation.system, conversation.tools, *(m.content for m in conversation.messages)]
+    try:
+        "".join(text for text in texts if text).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        return RowError(f"{half} is half a character. Required: text in Unicode. Mend the row.")
+    return None
 
 
 def _batches(rows: Iterator[Found], size: int) -> Iterator[list[Found]]:
     """Rows that are tokenized at once: at most `size`, and few enough where they are long."""
     batch: list[Found] = []
     num_chars = 0
-    for where, found in rows:
-        batch.append((where, found))
+    for number, where, found in rows:
+        batch.append((number, where, found))
         if isinstance(found, Conversation):
             num_chars += sum(len(message.content) for message in found.messages)
         if len(batch) == size or num_chars >= BATCH_CHARS:
@@ -164,18 +237,30 @@ def _batches(rows: Iterator[Found], size: int) -> Iterator[list[Found]]:
 
 
 def _conversations(plan: Plan, shard: Shard) -> Iterator[Found]:
-    needs_response = FEATURES[plan.stage].needs_response
+    """The rows of a shard that are used, each with its number in the shard."""
+    kind = FEATURES[plan.stage].kind
+    number = -1
     for piece, layout in shard.pieces:
         for index, row in enumerate(files.read(piece)):
+            number += 1
+            if shard.uses and shard.uses[number] == UNUSED:
+                continue
             found: Conversation | RowError
             try:
-                if isinstance(row, RowError):
-                    found = row
-                else:
-                    found = to_conversation(row, layout, needs_response)
+                if shard.uses and shard.uses[number] == REPEATED:
+                    raise _repeated(row, layout)
+                found = row if isinstance(row, RowError) else to_conversation(row, layout, kind)
             except RowError as error:
                 found = error
-            yield (piece, index), found
+            yield number, (piece, index), found
+
+
+def _repeated(row: Any, layout: RowFormat) -> RowError:
+    column = layout.column("id")
+    return RowError(
+        f"{column!r} is {row[column]!r}, as in an earlier row of the set. Required: ids that "
+        "differ. Mend them, or name no id among the set's columns."
+    )
 
 
 @lru_cache(maxsize=2)
@@ -194,12 +279,12 @@ def raise_problems(reports: Sequence[ShardReport]) -> None:
         return
     shown = problems[:MOST_PROBLEMS]
     if len(problems) == 1:
-        raise DataError(shown[0])
+        raise DataError(f"{shown[0]} {GO_ON}")
     count = f"{len(problems)}" if len(problems) < MOST_PROBLEMS else f"the first {MOST_PROBLEMS}"
     raise DataError(
         f"Rows of the data are wrong ({count} shown):\n"
         + "\n".join(f"  - {problem}" for problem in shown)
-        + "\nMend them, or take them out."
+        + f"\nMend them, or take them out. {GO_ON}"
     )
 
 
@@ -213,33 +298,85 @@ def tables(plan: Plan, reports: Sequence[ShardReport]) -> dict[str, list[str]]:
     return found
 
 
-def sums(plan: Plan, reports: Sequence[ShardReport]) -> dict[str, FileSum]:
-    """The sums of all files of finished shards, their reports among them."""
+def bad_files(reports: Sequence[ShardReport]) -> list[str]:
+    """The files with the rows that were put aside."""
+    names = map(_bad_file, range(len(reports)))
+    return [name for name, report in zip(names, reports, strict=True) if name in report.files]
+
+
+def write_orders(plan: Plan, reports: Sequence[ShardReport]) -> dict[str, str]:
+    """Write the orders of tables that have one; returns their files by table."""
+    files_of = {}
+    for table, order in _orders(plan, reports).items():
+        files_of[table] = f"order-{plan.tables.index(table):05d}.npy"
+        with store.explained(plan.staging):
+            np.save(Path(plan.staging, files_of[table]), order)
+    return files_of
+
+
+def _orders(plan: Plan, reports: Sequence[ShardReport]) -> dict[str, np.ndarray]:
+    """The orders of tables that have one: (num_rows,) int64 numbers of the rows that were kept.
+
+    Rows that were left out are in no order; one that is drawn several times is there as often.
+    """
+    found = {}
+    for table, order in plan.orders.items():
+        places = np.full(int(order.max(initial=-1)) + 1, -1, np.int64)
+        first = num_kept = 0
+        for index, shard in enumerate(plan.shards):
+            if shard.table != table:
+                continue
+            if _file(table, index) in reports[index].files:
+                kept = shards.row_numbers(Path(plan.staging, _file(table, index))).astype(np.int64)
+                kept += first
+                kept = kept[kept < len(places)]
+                places[kept] = np.arange(num_kept, num_kept + len(kept))
+                num_kept += reports[index].counts[f"{table}_rows"]
+            first += shard.num_rows
+        order = places[order]
+        found[table] = order[order >= 0]
+    return found
+
+
+def sums(plan: Plan, reports: Sequence[ShardReport], more: Iterable[str]) -> dict[str, FileSum]:
+    """The sums of all files of finished shards, their reports and `more` among them."""
     found = {name: entry for report in reports for name, entry in report.files.items()}
-    return found | store.seal(Path(plan.staging), map(_note, range(len(reports))))
+    return found | store.seal(Path(plan.staging), [*map(_note, range(len(reports))), *more])
 
 
-def counts(plan: Plan, reports: Sequence[ShardReport]) -> dict[str, Any]:
-    """Counts of all shards together, and the place of the first row without a target.
+def counts(
+    plan: Plan, reports: Sequence[ShardReport], opened: Mapping[str, SampleTable]
+) -> dict[str, Any]:
+    """Counts of all shards together, and in `firsts` where the first row of some counts is.
 
     `train_rows` and `eval_rows` are rows of the tables: blocks, where texts are laid into blocks.
     Those of sets that are evaluated one by one are summed in `eval_rows`.
+    `repeated` of them were drawn before, `unused` rows were not drawn.
+
+    Args:
+        plan: that was built.
+        reports: of its shards.
+        opened: its tables.
     """
     total: dict[str, Any] = {}
     for report in reports:
         for name, count in report.counts.items():
             total[name] = total.get(name, 0) + count
-    places = (report.first_without_target for report in reports)
-    total["first_without_target"] = next((place for place in places if place), None)
-    if plan.block_len is not None:
-        for table in plan.tables:
-            total[f"{table}_rows"] = -(-total[f"{table}_tokens"] // plan.block_len)
-            total[f"{table}_targets"] = total[f"{table}_tokens"] - total[f"{table}_rows"]
+    firsts = reversed([report.firsts for report in reports])
+    total["firsts"] = {name: place for first in firsts for name, place in first.items()}
+    total["unused"] = sum(shard.uses.count(UNUSED) for shard in plan.shards)
+    total["repeated"] = 0
+    for table, rows in opened.items():
+        if rows.order is not None:
+            total["repeated"] += len(rows.order) - len(np.unique(rows.order))
+        total[f"{table}_rows"] = len(rows)
+        total[f"{table}_tokens"] = rows.num_tokens
+        total[f"{table}_targets"] = int(rows.target_counts.sum(dtype=np.int64))
     for what in ("rows", "tokens", "targets"):
-        found = sum(total[f"{table}_{what}"] for table in plan.tables[1:])
-        total[f"{EVAL}_{what}"] = found
+        evaluated = sum(total[f"{table}_{what}"] for table in plan.tables[1:])
+        total[f"{EVAL}_{what}"] = evaluated
         if what != "rows":
-            total[what] = total[f"{TRAIN}_{what}"] + found
+            total[what] = total[f"{TRAIN}_{what}"] + evaluated
     return total
 
 
@@ -249,3 +386,7 @@ def _file(table: str, index: int) -> str:
 
 def _note(index: int) -> str:
     return f"shard-{index:05d}.json"
+
+
+def _bad_file(index: int) -> str:
+    return f"bad-{index:05d}.jsonl"

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
 Role = Literal["user", "assistant", "observation", "function"]
 Row = Mapping[str, Any]
+# What a stage reads of a row: a text; a conversation with its responses; a prompt with a response
+# to prefer and one to reject; a conversation whose last response is wanted or not.
+Kind = Literal["text", "responses", "pair", "judged"]
 
 # Columns of a row by what they hold; None: not read unless dataset_info.json names it.
 COLUMNS: dict[str, str | None] = {
@@ -28,9 +31,10 @@ COLUMNS: dict[str, str | None] = {
     "images": None,
     "videos": None,
     "audios": None,
-    "chosen": None,
-    "rejected": None,
-    "kto_tag": None,
+    "chosen": "chosen",
+    "rejected": "rejected",
+    "kto_tag": "kto_tag",
+    "id": None,
 }
 TAGS: dict[str, str] = {
     "role_tag": "from",
@@ -50,11 +54,19 @@ OPENAI_TAGS: dict[str, str] = {
     "assistant_tag": "assistant",
     "observation_tag": "tool",
 }
+PROMPTS, RESPONSES = ("user", "observation"), ("assistant", "function")
 MEDIA = ("images", "videos", "audios")
 
 
 class RowError(Exception):
-    """A row is wrong; the message says what was found and what is required, not where."""
+    """A row is wrong; the message says what was found and what is required, not where.
+
+    `text` is what stands in the file, of a row that could not be read from it.
+    """
+
+    def __init__(self, message: str, text: str | None = None) -> None:
+        super().__init__(message)
+        self.text = text
 
 
 @dataclass(frozen=True)
@@ -89,13 +101,17 @@ class Message:
 class Conversation:
     """Messages that alternate: a prompt (user, observation), a response (assistant, function).
 
-    `messages` ends with a response, except where the stage reads prompts alone. `tools` is the
-    JSON text of the tools that responses may call.
+    `messages` ends with a response; with the prompt, where there are two responses, `chosen` and
+    `rejected`, or the stage reads none. `is_wanted` judges the last response. `tools` is the JSON
+    text of the tools that responses may call.
     """
 
     messages: tuple[Message, ...]
     system: str | None = None
     tools: str | None = None
+    chosen: Message | None = None
+    rejected: Message | None = None
+    is_wanted: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -121,13 +137,13 @@ class RowFormat:
         return self.tags.get(name, own.get(name, TAGS[name]))
 
 
-def to_conversation(row: Any, layout: RowFormat, needs_response: bool = True) -> Conversation:
+def to_conversation(row: Any, layout: RowFormat, kind: Kind = "responses") -> Conversation:
     """The conversation that a row holds.
 
     Args:
         row: a row of the set, of whatever type the file had.
         layout: where in the row things stand.
-        needs_response: whether a row without a response is wrong; false for plain text.
+        kind: what of it is read.
 
     Raises:
         RowError: the row is wrong.
@@ -140,21 +156,38 @@ def to_conversation(row: Any, layout: RowFormat, needs_response: bool = True) ->
                 f"{layout.columns[use]!r} names {use}: training on media is not built yet. "
                 "Take a set of text."
             )
-    return FORMATTINGS[layout.formatting](row, layout, needs_response)
+    found = FORMATTINGS[layout.formatting](row, layout, kind)
+    return replace(found, is_wanted=_judgement(row, layout)) if kind == "judged" else found
 
 
-def _alpaca(row: Row, layout: RowFormat, needs_response: bool) -> Conversation:
+def _judgement(row: Row, layout: RowFormat) -> bool:
+    value = _value(row, layout, "kto_tag")
+    if not isinstance(value, bool):
+        raise RowError(
+            f"{layout.column('kto_tag')!r} is {_kind(value)}. Required: true for a wanted "
+            "response, or false."
+        )
+    return value
+
+
+def _alpaca(row: Row, layout: RowFormat, kind: Kind) -> Conversation:
     messages = _history(row, layout)
     parts = [_text(row, layout, "prompt"), _text(row, layout, "query", optional=True)]
     messages.append(Message("user", "\n".join(part for part in parts if part)))
-    if needs_response:
-        response = _text(row, layout, "response")
-        assert response is not None
-        messages.append(Message("assistant", response))
+
+    def response(use: str) -> Message:
+        text = _text(row, layout, use)
+        assert text is not None
+        return Message("assistant", text)
+
+    if kind in ("responses", "judged"):
+        messages.append(response("response"))
     return Conversation(
         tuple(messages),
         _text(row, layout, "system", optional=True) or None,
         _tools(row, layout),
+        chosen=response("chosen") if kind == "pair" else None,
+        rejected=response("rejected") if kind == "pair" else None,
     )
 
 
@@ -174,20 +207,20 @@ def _history(row: Row, layout: RowFormat) -> list[Message]:
     return messages
 
 
-def _sharegpt(row: Row, layout: RowFormat, needs_response: bool) -> Conversation:
-    return _messages(row, layout, needs_response, _said)
+def _sharegpt(row: Row, layout: RowFormat, kind: Kind) -> Conversation:
+    return _messages(row, layout, kind, _said)
 
 
-def _openai(row: Row, layout: RowFormat, needs_response: bool) -> Conversation:
-    return _messages(row, layout, needs_response, _said_to_openai)
+def _openai(row: Row, layout: RowFormat, kind: Kind) -> Conversation:
+    return _messages(row, layout, kind, _said_to_openai)
 
 
 Spoken = tuple[str, Message]  # a role, system among them, and the message
-Read = Callable[[RowFormat, int, Row], Spoken]
+Read = Callable[[RowFormat, str, Row], Spoken]
 
 
-def _messages(row: Row, layout: RowFormat, needs_response: bool, read: Read) -> Conversation:
-    if not needs_response:
+def _messages(row: Row, layout: RowFormat, kind: Kind, read: Read) -> Conversation:
+    if kind == "text":
         raise RowError(
             f"formatting is {layout.formatting}, and stage pt learns plain text. Take a set of "
             "text, or stage: sft."
@@ -196,59 +229,76 @@ def _messages(row: Row, layout: RowFormat, needs_response: bool, read: Read) -> 
     said = _value(row, layout, "messages")
     if not isinstance(said, list | tuple):
         raise RowError(f"{name!r} is {_kind(said)}. Required: a list of messages.")
-    turns = [
-        read(layout, number, _object(layout, number, message))
-        for number, message in enumerate(said, start=1)
-    ]
+
+    def spoken(which: str, message: Any) -> Spoken:
+        return read(layout, which, _object(layout, which, message))
+
+    turns = [spoken(f"message {number}", message) for number, message in enumerate(said, start=1)]
     system = _text(row, layout, "system", optional=True) or None
     if turns and turns[0][0] == "system":
         system = turns.pop(0)[1].content
-    messages = _alternating(layout, turns, first=len(said) - len(turns) + 1)
-    return Conversation(messages, system, _tools(row, layout))
+    first = len(said) - len(turns) + 1
+    messages = _alternating(layout, turns, first, ends_with_prompt=kind == "pair")
+
+    def answer(use: str) -> Message:
+        name = layout.column(use)
+        role, message = spoken(f"message {name!r}", _value(row, layout, use))
+        if role not in RESPONSES:
+            raise RowError(
+                f"{name!r} is from {layout.tag(f'{role}_tag')}. Required: a response, from "
+                f"{layout.tag('assistant_tag')} or {layout.tag('function_tag')}."
+            )
+        return message
+
+    return Conversation(
+        messages,
+        system,
+        _tools(row, layout),
+        chosen=answer("chosen") if kind == "pair" else None,
+        rejected=answer("rejected") if kind == "pair" else None,
+    )
 
 
-def _object(layout: RowFormat, number: int, message: Any) -> Row:
+def _object(layout: RowFormat, which: str, message: Any) -> Row:
     if isinstance(message, Mapping):
         return message
     raise RowError(
-        f"message {number} is {_kind(message)}. Required: an object with "
+        f"{which} is {_kind(message)}. Required: an object with "
         f"{layout.tag('role_tag')!r} and {layout.tag('content_tag')!r}."
     )
 
 
-def _said(layout: RowFormat, number: int, message: Row) -> Spoken:
-    role = _role(layout, number, message)
-    content = _tagged(layout, number, message, "content_tag")
+def _said(layout: RowFormat, which: str, message: Row) -> Spoken:
+    role = _role(layout, which, message)
+    content = _tagged(layout, which, message, "content_tag")
     if role != "function":
         return role, Message(_as_role(role), content)
     text, value = _split_calls(content)
-    return role, Message("function", text, calls=_calls(f"message {number}", value))
+    return role, Message("function", text, calls=_calls(which, value))
 
 
-def _said_to_openai(layout: RowFormat, number: int, message: Row) -> Spoken:
-    role = _role(layout, number, message)
+def _said_to_openai(layout: RowFormat, which: str, message: Row) -> Spoken:
+    role = _role(layout, which, message)
     found = message.get("tool_calls")
     content_key = layout.tag("content_tag")
     parts = message.get(content_key)
     thought = message.get("reasoning_content")
     if thought is not None and not isinstance(thought, str):
-        raise RowError(
-            f"'reasoning_content' of message {number} is {_kind(thought)}. Required: text."
-        )
+        raise RowError(f"'reasoning_content' of {which} is {_kind(thought)}. Required: text.")
     if isinstance(parts, list | tuple):
-        read = _read_parts(number, parts)
+        read = _read_parts(which, parts)
         message = {**message, content_key: read["text"]}
         thought, found = thought or read["reasoning"], found or read["tool_call"]
     elif parts is None and found:
         message = {**message, content_key: ""}
-    content = _tagged(layout, number, message, "content_tag")
+    content = _tagged(layout, which, message, "content_tag")
     if found and role == "assistant":
-        calls = _calls(f"message {number}", found)
+        calls = _calls(which, found)
         return "function", Message("function", content, thought or None, calls)
     return role, Message(_as_role(role), content, thought or None)
 
 
-def _read_parts(number: int, parts: Sequence[Any]) -> dict[str, Any]:
+def _read_parts(which: str, parts: Sequence[Any]) -> dict[str, Any]:
     """What the parts of a message hold by their type; calls as a list."""
     read: dict[str, Any] = {"text": "", "reasoning": "", "tool_call": []}
     for part in parts:
@@ -260,18 +310,18 @@ def _read_parts(number: int, parts: Sequence[Any]) -> dict[str, Any]:
             read[kind] += value
         else:
             raise RowError(
-                f"message {number} has a part {_kind(part)}. Required: parts of type "
+                f"{which} has a part {_kind(part)}. Required: parts of type "
                 f"{', '.join(read)}, with text or value; training on media is not built yet."
             )
     return read
 
 
-def _role(layout: RowFormat, number: int, message: Row) -> str:
-    said = _tagged(layout, number, message, "role_tag")
+def _role(layout: RowFormat, which: str, message: Row) -> str:
+    said = _tagged(layout, which, message, "role_tag")
     roles = _roles(layout)
     if said not in roles:
         raise RowError(
-            f"message {number} is from {said!r}, an unknown role.{_nearest(said, roles)} Required: "
+            f"{which} is from {said!r}, an unknown role.{_nearest(said, roles)} Required: "
             f"one of {', '.join(roles)}; tags in dataset_info.json can name others."
         )
     return roles[said]
@@ -281,14 +331,14 @@ def _as_role(role: str) -> Role:
     return "user" if role == "system" else role  # type: ignore[return-value]
 
 
-def _tagged(layout: RowFormat, number: int, message: Row, tag: str) -> str:
+def _tagged(layout: RowFormat, which: str, message: Row, tag: str) -> str:
     key = layout.tag(tag)
     value = message.get(key)
     if isinstance(value, str):
         return value
     found = f"is {_kind(message[key])}" if key in message else "is missing"
     raise RowError(
-        f"{key!r} of message {number} {found}; it has {_names(message)}. Required: text. "
+        f"{key!r} of {which} {found}; it has {_names(message)}. Required: text. "
         f"Mend the row, or name the key as {tag} among the set's tags."
     )
 
@@ -300,26 +350,29 @@ def _roles(layout: RowFormat) -> dict[str, str]:
     }
 
 
-def _alternating(layout: RowFormat, turns: list[Spoken], first: int) -> tuple[Message, ...]:
+def _alternating(
+    layout: RowFormat, turns: list[Spoken], first: int, ends_with_prompt: bool
+) -> tuple[Message, ...]:
     """The messages in turns, results of tools that follow one another as one message."""
     user, assistant = layout.tag("user_tag"), layout.tag("assistant_tag")
-    required = f"Required: {user}, {assistant} in turns, the last from {assistant}."
+    end = user if ends_with_prompt else assistant
+    required = f"Required: {user}, {assistant} in turns, the last from {end}."
     if not turns:
         raise RowError(f"the conversation is empty. {required}")
-    allowed = (("user", "observation"), ("assistant", "function"))
     messages: list[Message] = []
     for number, (role, message) in enumerate(turns, start=first):
         if role == "observation" and messages and messages[-1].role == "observation":
             messages[-1] = _with_result(messages[-1], message.content)
-        elif role not in allowed[len(messages) % 2]:
+        elif role not in (PROMPTS, RESPONSES)[len(messages) % 2]:
             raise RowError(
                 f"message {number} is from {layout.tag(f'{role}_tag')}, out of turn. {required}"
             )
         else:
             messages.append(message)
-    if len(messages) % 2:
+    if len(messages) % 2 != ends_with_prompt:
         last = first + len(turns) - 1
-        raise RowError(f"the last message, {last}, has no response. {required}")
+        has = "is a response" if ends_with_prompt else "has no response"
+        raise RowError(f"the last message, {last}, {has}. {required}")
     return tuple(messages)
 
 
@@ -412,7 +465,7 @@ def _nearest(name: str, known: Mapping[str, Any]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-FORMATTINGS: dict[str, Callable[[Row, RowFormat, bool], Conversation]] = {
+FORMATTINGS: dict[str, Callable[[Row, RowFormat, Kind], Conversation]] = {
     "alpaca": _alpaca,
     "sharegpt": _sharegpt,
     "openai": _openai,

@@ -74,6 +74,21 @@ class Encoder:
             borders.append(found)
         return Encoded(ids, bounds, borders)
 
+    def borders(self, parts: Parts, ids: np.ndarray) -> list[int]:
+        """How many tokens lie before the end of each part of a text that has the tokens `ids`.
+
+        A token that reaches over the end of a part belongs to the part of even number beside it.
+        """
+        whole = "".join(parts)
+        found = None
+        if self._token_bytes is not None:
+            ends = np.cumsum(self._token_bytes[ids])
+            found = self._by_bytes(parts, whole, ends, 0, len(ids))
+        if found is None:
+            encoding = self._tokenizer.encode(whole, add_special_tokens=False)
+            found = _by_offsets(parts, encoding)
+        return found
+
     def _by_bytes(
         self, parts: Parts, whole: str, ends: np.ndarray, first: int, last: int
     ) -> list[int] | None:

@@ -1,20 +1,23 @@
 """What a row becomes in each stage: FEATURES holds a function from conversations to features.
 
 `prompt` is what rows to evaluate on become where generated responses are judged.
-Lengths are cut by LLaMA-Factory's budgets, turn by turn; targets are marked by place, never by the
-id of a token.
+What is longer than cutoff_len is cut by `truncation`; targets are marked by place, never by the id
+of a token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from llmray.data.conversation import Conversation, RowError
+from llmray.data import truncation
+from llmray.data.conversation import Conversation, Kind, RowError
 from llmray.data.encoding import Encoder
-from llmray.data.templates import Renderer
+from llmray.data.templates import Renderer, Turn
+from llmray.data.truncation import Dropped, Span, Truncation, TurnSections
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class FeatureOptions:
     """
 
     cutoff_len: int
+    truncation: Truncation = "structure"
     train_on_prompt: bool = False
     mask_history: bool = False
     packing: bool = False
@@ -59,16 +63,21 @@ class RowFeatures:
         return sum(self.targets[1::2]) - sum(self.targets[::2])
 
 
-Outcome = RowFeatures | RowError
+Outcome = RowFeatures | Dropped | RowError
 Build = Callable[[Sequence[Conversation], Encoder, Renderer | None, FeatureOptions], list[Outcome]]
 
 
 @dataclass(frozen=True)
 class StageFeatures:
-    """One stage: how its features are built, whether its rows need a response and a renderer."""
+    """One stage: how its features are built, and of what in a row."""
 
     build: Build
-    needs_response: bool
+    kind: Kind
+
+    @property
+    def renders(self) -> bool:
+        """Whether conversations are written in a text format, which takes a renderer."""
+        return self.kind != "text"
 
 
 def supervised(
@@ -79,64 +88,92 @@ def supervised(
 ) -> list[Outcome]:
     """Features of stage sft; a `RowError` for a conversation that the format cannot write."""
     assert renderer is not None
-    parts: list[list[str]] = []
+    rendered: list[tuple[Conversation, list[Turn]]] = []
     outcomes: list[Outcome | None] = []
     for conversation in conversations:
         try:
-            turns = renderer.turns(conversation)
+            rendered.append((conversation, renderer.turns(conversation)))
         except RowError as error:
             outcomes.append(error)
             continue
-        parts.append([part for turn in turns for part in (turn.source, turn.target)])
         outcomes.append(None)
+    parts = [
+        [part for turn in turns for part in (turn.source, turn.target)] for _, turns in rendered
+    ]
     encoded = encoder.encode_parts(parts)
-    rows = iter(
-        _supervised_row(encoded.ids[first:last], borders, options)
-        for first, last, borders in zip(
-            encoded.bounds.tolist(), encoded.bounds[1:].tolist(), encoded.borders, strict=False
-        )
-    )
+    bounds = encoded.bounds.tolist()
+
+    def row(number: int) -> Outcome:
+        ids, borders = encoded.ids[bounds[number] : bounds[number + 1]], encoded.borders[number]
+
+        def sections() -> list[TurnSections]:
+            conversation, turns = rendered[number]
+            texts = truncation.outline(renderer, conversation, turns)
+            return truncation.sections(texts, borders, partial(encoder.borders, ids=ids))
+
+        return _supervised_row(ids, borders, options, sections)
+
+    rows = map(row, range(len(rendered)))
     return [next(rows) if outcome is None else outcome for outcome in outcomes]
 
 
-def _supervised_row(ids: np.ndarray, borders: list[int], options: FeatureOptions) -> RowFeatures:
+def _supervised_row(
+    ids: np.ndarray,
+    borders: list[int],
+    options: FeatureOptions,
+    sections: Callable[[], list[TurnSections]],
+) -> Outcome:
     starts = [0, *borders[:-1]]
-    # (start, stop, whether it is a target), in the order of the text
-    parts = [
-        (start, stop, bool(number % 2))
+    spans = [
+        Span(start, stop, bool(number % 2), number // 2)
         for number, (start, stop) in enumerate(zip(starts, borders, strict=True))
     ]
+    last_turn = len(borders) // 2 - 1
     room = options.cutoff_len - (options.end_token is not None)
     cuts: tuple[int, ...] = ()
     if len(ids) > room:
-        parts = _within_budget(parts, room, last_first=options.mask_history)
-        cuts = _cuts(parts, len(ids))
-        ids = np.concatenate([ids[start:stop] for start, stop, _ in parts])
-    row = RowFeatures(ids, _runs(parts, options), cuts)
-    return row if options.end_token is None else _with_ends(row, parts, options)
+        kept = _cut(spans, len(ids), room, options, sections)
+        if not isinstance(kept, list):
+            return kept
+        if not kept:
+            kept = [Span(0, 1, False, 0)]  # nothing can stay: it counts as one without a target
+        spans, cuts = kept, truncation.cuts(kept, len(ids))
+        ids = np.concatenate([ids[span.start : span.stop] for span in spans])
+    row = RowFeatures(ids, _runs(spans, last_turn, options), cuts)
+    return row if options.end_token is None else _with_ends(row, spans, last_turn, options)
 
 
-def _cuts(parts: Sequence[tuple[int, int, bool]], total: int) -> tuple[int, ...]:
-    """Pairs of a place in the kept tokens, and how many of `total` were taken out there."""
-    cuts: list[int] = []
-    at = place = 0
-    for start, stop, _ in [*parts, (total, total, False)]:
-        if start > at and cuts[-2:-1] == [place]:
-            cuts[-1] += start - at
-        elif start > at:
-            cuts += [place, start - at]
-        place, at = place + stop - start, stop
-    return tuple(cuts)
+def _cut(
+    spans: list[Span],
+    num_tokens: int,
+    room: int,
+    options: FeatureOptions,
+    sections: Callable[[], list[TurnSections]],
+) -> list[Span] | Dropped | RowError:
+    """What stays of a row that has too many tokens."""
+    match options.truncation:
+        case "error":
+            return truncation.refused(num_tokens, room)
+        case "drop":
+            return Dropped(num_tokens)
+        case "structure":
+            return truncation.structured(sections(), room, options.mask_history)
+        case "llamafactory":
+            return truncation.heads(spans, room, options.mask_history)
+        case "keep_start":
+            return truncation.window(spans, 0, room)
+        case "keep_end":
+            return truncation.window(spans, num_tokens - room, num_tokens)
 
 
-def _runs(parts: Sequence[tuple[int, int, bool]], options: FeatureOptions) -> tuple[int, ...]:
+def _runs(spans: Sequence[Span], last_turn: int, options: FeatureOptions) -> tuple[int, ...]:
     """Pairs of ends of what is learned, in the kept tokens; the first token never is."""
     runs: list[int] = []
     at = 0
-    for number, (start, stop, is_target) in enumerate(parts):
+    for start, stop, is_target, turn in spans:
         begin, at = max(at, 1), at + stop - start
         is_learned = is_target or options.train_on_prompt
-        if options.mask_history and number < len(parts) - 2:
+        if options.mask_history and turn != last_turn:
             is_learned = False
         if not is_learned or begin >= at:
             continue
@@ -148,11 +185,11 @@ def _runs(parts: Sequence[tuple[int, int, bool]], options: FeatureOptions) -> tu
 
 
 def _with_ends(
-    row: RowFeatures, parts: Sequence[tuple[int, int, bool]], options: FeatureOptions
+    row: RowFeatures, spans: Sequence[Span], last_turn: int, options: FeatureOptions
 ) -> RowFeatures:
     """A row with the end of each learned response learned: at the token that follows it.
 
-    After the last response the end token stands in the row.
+    After the last response that stays the end token stands in the row.
     """
     assert options.end_token is not None
     total = len(row.input_ids)
@@ -160,10 +197,12 @@ def _with_ends(
     for start, stop in zip(row.targets[::2], row.targets[1::2], strict=True):
         is_target[start:stop] = True
     places, at = [], 0
-    for number, (start, stop, is_response) in enumerate(parts):
+    for number, (start, stop, is_response, turn) in enumerate(spans):
         at += stop - start
-        is_last = number == len(parts) - 1
-        if is_response and (is_last or not options.mask_history) and at > 0 and stop > start:
+        is_last = number == len(spans) - 1
+        ends = is_last or not spans[number + 1].is_target
+        is_learned = turn == last_turn or not options.mask_history
+        if is_response and ends and is_learned and at > 0 and stop > start:
             is_target[at] = True
             places += [] if is_last else [at]
     edges = np.flatnonzero(np.diff(np.concatenate([[0], is_target, [0]])))
@@ -173,47 +212,6 @@ def _with_ends(
         row.cuts,
         tuple(number for place in places for number in (place, options.end_token)),
     )
-
-
-def _within_budget(
-    parts: Sequence[tuple[int, int, bool]], cutoff_len: int, last_first: bool
-) -> list[tuple[int, int, bool]]:
-    """The parts cut to `cutoff_len` tokens together, turn by turn while tokens remain."""
-    turns = list(zip(parts[::2], parts[1::2], strict=True))
-    kept: list[list[tuple[int, int, bool]]] = []
-    used = 0
-    for source, target in reversed(turns) if last_first else turns:
-        if used >= cutoff_len:
-            break
-        source_len, target_len = budgets(
-            source[1] - source[0], target[1] - target[0], cutoff_len - used
-        )
-        used += source_len + target_len
-        kept.append(
-            [
-                (source[0], source[0] + source_len, False),
-                (target[0], target[0] + target_len, True),
-            ]
-        )
-    if last_first:
-        kept.reverse()
-    return [part for turn in kept for part in turn]
-
-
-def budgets(source_len: int, target_len: int, room: int) -> tuple[int, int]:
-    """How many tokens of a source and its target are kept in `room`: LLaMA-Factory's rule.
-
-    A target below half the room is kept whole, else a source below half is; else both shrink in
-    proportion. Each keeps its head.
-    """
-    if target_len * 2 < room:
-        most = room
-    elif source_len * 2 < room:
-        most = room - source_len
-    else:
-        most = int(room * (target_len / (source_len + target_len)))
-    target_kept = min(target_len, most)
-    return min(source_len, max(room - target_kept, 0)), target_kept
 
 
 def prompts(
@@ -242,16 +240,21 @@ def prompts(
     ids, bounds = encoder.encode(parts)
     pieces = [ids[bounds[i] : bounds[i + 1]] for i in range(len(parts))]
     rows = iter(
-        _prompted_row(prompt, response, options.cutoff_len)
+        _prompted_row(prompt, response, options)
         for prompt, response in zip(pieces[::2], pieces[1::2], strict=True)
     )
     return [next(rows) if outcome is None else outcome for outcome in outcomes]
 
 
-def _prompted_row(prompt: np.ndarray, response: np.ndarray, cutoff_len: int) -> RowFeatures:
+def _prompted_row(prompt: np.ndarray, response: np.ndarray, options: FeatureOptions) -> Outcome:
     cuts: tuple[int, ...] = ()
-    if len(prompt) + len(response) > cutoff_len:
-        prompt_len, response_len = budgets(len(prompt), len(response), cutoff_len)
+    num_tokens, cutoff_len = len(prompt) + len(response), options.cutoff_len
+    if num_tokens > cutoff_len:
+        if options.truncation == "error":
+            return truncation.refused(num_tokens, cutoff_len)
+        if options.truncation == "drop":
+            return Dropped(num_tokens)
+        prompt_len, response_len = truncation.budgets(len(prompt), len(response), cutoff_len)
         dropped = (len(prompt) - prompt_len, len(response) - response_len)
         places = (0, prompt_len + response_len)
         pairs = zip(places, dropped, strict=True)
@@ -269,7 +272,10 @@ def texts(
     renderer: Renderer | None,
     options: FeatureOptions,
 ) -> list[Outcome]:
-    """Features of stage pt: each text with the end-of-text token, all of it learned."""
+    """Features of stage pt: each text with the end-of-text token, all of it learned.
+
+    A text that is cut at its end is one that goes on: it has no end-of-text token.
+    """
     wholes = [conversation.messages[-1].content for conversation in conversations]
     ids, bounds = encoder.encode(wholes)
     prefix = np.array(options.text_prefix, np.int32)
@@ -280,16 +286,28 @@ def texts(
             rows.append(RowFeatures(ids[:0], ()))
             continue
         row = np.concatenate([prefix, ids[bounds[number] : bounds[number + 1]], suffix])
-        cuts: tuple[int, ...] = ()
-        if not options.packing and len(row) > options.cutoff_len:
-            cuts = (options.cutoff_len, len(row) - options.cutoff_len)
-            row = row[: options.cutoff_len]
-        rows.append(RowFeatures(row, (1, len(row)) if len(row) > 1 else (), cuts))
+        rows.append(_text_row(row, options))
     return rows
 
 
+def _text_row(row: np.ndarray, options: FeatureOptions) -> Outcome:
+    cuts: tuple[int, ...] = ()
+    over = 0 if options.packing else len(row) - options.cutoff_len
+    if over > 0:
+        match options.truncation:
+            case "error":
+                return truncation.refused(len(row), options.cutoff_len)
+            case "drop":
+                return Dropped(len(row))
+            case "keep_end":
+                row, cuts = row[over:], (0, over)
+            case _:
+                row, cuts = row[:-over], (options.cutoff_len, over)
+    return RowFeatures(row, (1, len(row)) if len(row) > 1 else (), cuts)
+
+
 FEATURES: dict[str, StageFeatures] = {
-    "pt": StageFeatures(texts, needs_response=False),
-    "sft": StageFeatures(supervised, needs_response=True),
-    "prompt": StageFeatures(prompts, needs_response=True),
+    "pt": StageFeatures(texts, "text"),
+    "sft": StageFeatures(supervised, "responses"),
+    "prompt": StageFeatures(prompts, "responses"),
 }

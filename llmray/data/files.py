@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,14 +21,17 @@ from llmray.data import json_list
 from llmray.data.conversation import RowError
 from llmray.data.pieces import (
     BOM,
+    OTHER_BYTES,
     Cut,
     DataFile,
     Piece,
+    is_text,
     not_utf8,
     opened,
     piece_bytes,
     piece_text,
     skip_mark,
+    wrong_bytes,
 )
 from llmray.errors import DataError
 
@@ -88,11 +92,25 @@ def read(piece: Piece) -> Iterator[Any]:
 
 def place(piece: Piece, index: int) -> str:
     """Where the row number `index` of a piece stands: file, row and line, counted from 1."""
-    row = f"{piece.file.path}, row {piece.first_row + index + 1}"
+    path, row, line = position(piece, index)
+    return f"{path}, row {row}" + (f" (line {line})" if line is not None else "")
+
+
+def position(piece: Piece, index: int) -> tuple[str, int, int | None]:
+    """The file, row and line of the row number `index` of a piece, counted from 1.
+
+    The line is None in tables, which have none.
+    """
+    row = piece.first_row + index + 1
     lines = FORMATS[piece.file.format].lines
     if lines is None or piece.first_line is None:
-        return row
-    return f"{row} (line {piece.first_line + lines(piece, index) + 1})"
+        return piece.file.name, row, None
+    return piece.file.name, row, piece.first_line + lines(piece, index) + 1
+
+
+def content(piece: Piece, index: int) -> Any:
+    """The row number `index` of a piece, read again."""
+    return next(islice(read(piece), index, None))
 
 
 # --- one row a line: JSON lines and plain text -----------------------------------------------
@@ -129,7 +147,7 @@ def _lines_one_by_one(raw: bytes) -> Iterator[tuple[int, str | RowError]]:
         try:
             yield number, line.decode()
         except UnicodeDecodeError as error:
-            yield number, not_utf8(error)
+            yield number, not_utf8(error, line)
 
 
 def _line_number(piece: Piece, index: int) -> int:
@@ -149,7 +167,8 @@ def _read_json_lines(piece: Piece) -> Iterator[Any]:
         except json.JSONDecodeError as error:
             yield RowError(
                 f"malformed JSON at column {error.colno}: {error.msg}. Required: one JSON object "
-                "on each line."
+                "on each line.",
+                line,
             )
 
 
@@ -174,24 +193,19 @@ def _long_fields() -> Iterator[None]:
 class _CountedLines:
     """Decoded lines of a file; counts what was taken."""
 
-    def __init__(self, file: DataFile, handle: BinaryIO, start: int) -> None:
-        self._file, self._handle = file, handle
+    def __init__(self, handle: BinaryIO, start: int) -> None:
+        self._handle = handle
         self.stop, self.lines = start, 0
 
     def __iter__(self) -> Iterator[str]:
         for line in self._handle:
             self.stop, self.lines = self.stop + len(line), self.lines + 1
-            try:
-                yield line.decode()
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{self._file.path}, line {self.lines}: {not_utf8(error)}"
-                ) from None
+            yield line.decode(errors=OTHER_BYTES)
 
 
 def _csv_rows(file: DataFile, handle: BinaryIO) -> Iterator[tuple[list[str], int, _CountedLines]]:
     """Rows that are not blank, each with the number of its first line, and what was taken."""
-    lines = _CountedLines(file, handle, skip_mark(file, handle))
+    lines = _CountedLines(handle, skip_mark(file, handle))
     reader = csv.reader(lines, strict=True)
     with _long_fields():
         try:
@@ -202,7 +216,7 @@ def _csv_rows(file: DataFile, handle: BinaryIO) -> Iterator[tuple[list[str], int
                 first_line = lines.lines
         except csv.Error as error:
             raise DataError(
-                f"{file.path}, line {lines.lines}: malformed CSV: {error}. Required: fields "
+                f"{file.name}, line {lines.lines}: malformed CSV: {error}. Required: fields "
                 "between commas, quoted where they hold commas, quotes or line ends."
             ) from None
 
@@ -228,11 +242,16 @@ def _read_csv(piece: Piece) -> Iterator[Any]:
     text = piece_text(piece)
     with _long_fields():
         rows = [row for row in csv.reader(io.StringIO(text, newline="\n")) if row]
+    is_utf8 = is_text(text)
     for row in rows[1:] if piece.start == 0 else rows:
-        if len(row) != len(header):
+        wrong = None if is_utf8 else wrong_bytes(",".join(row))
+        if wrong is not None:
+            yield wrong
+        elif len(row) != len(header):
             yield RowError(
                 f"{len(row)} fields, but the header has {len(header)}: {', '.join(header)}. "
-                "Required: as many fields as columns."
+                "Required: as many fields as columns.",
+                ",".join(row),
             )
         else:
             yield dict(zip(header, row, strict=True))
@@ -271,7 +290,7 @@ def _batches(file: DataFile, first_row: int = 0) -> Iterator[tuple[int, Any]]:
                 yield from _numbered(ipc.open_stream(source), 0)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{file.path} cannot be read as {file.format}: {error}. Required: a whole file of that "
+            f"{file.name} cannot be read as {file.format}: {error}. Required: a whole file of that "
             "format. Mend or replace it."
         ) from error
 
@@ -317,8 +336,9 @@ FORMATS: dict[str, _Format] = {
     "parquet": _Format(_table_cuts, _read_table),
     "arrow": _Format(_table_cuts, _read_table),
 }
+JSON = "json"
 EXTENSIONS: dict[str, str] = {
-    "json": "json",
+    "json": JSON,
     "jsonl": "json lines",
     "txt": "txt",
     "csv": "csv",
@@ -333,15 +353,23 @@ def recognise(path: Path) -> DataFile:
     Raises:
         DataError: the extension is none of those that are read.
     """
-    extension = path.suffix.removeprefix(".").lower()
-    if extension not in EXTENSIONS:
-        raise DataError(
-            f"{path} has the extension {extension!r}. Required: one of {_listed(EXTENSIONS)}."
-        )
-    name = EXTENSIONS[extension]
-    if name == "json":
+    name = format_of(path.suffix.removeprefix(".").lower(), path)
+    if name == JSON:
         name = "json list" if _begins_with_bracket(path) else "json lines"
     return DataFile(str(path), name)
+
+
+def format_of(extension: str, name: str | Path) -> str:
+    """The format of files of an extension: a key of `FORMATS`, or `JSON`, which has two.
+
+    Raises:
+        DataError: the extension is none of those that are read.
+    """
+    if extension not in EXTENSIONS:
+        raise DataError(
+            f"{name} has the extension {extension!r}. Required: one of {_listed(EXTENSIONS)}."
+        )
+    return EXTENSIONS[extension]
 
 
 def _begins_with_bracket(path: Path) -> bool:

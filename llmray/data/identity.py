@@ -115,16 +115,19 @@ def describe(
         DataError: a file cannot be read, or there is no such template.
     """
     data, stage = arguments.data, arguments.finetuning.stage
+    seed = arguments.training.seed
     found: dict[str, Any] = {
         "code": CODE_VERSION,
         "libraries": {name: version(name) for name in LIBRARIES},
         "stage": stage,
         "cutoff_len": data.cutoff_len,
+        "truncation": data.truncation,
+        "bad_rows": data.bad_rows,
         "tokenizer": _tokenizer(model_dir, digests),
         "trust_remote_code": arguments.model.trust_remote_code,
         "template": None if data.template is None else asdict(templates.find(data.template)),
-        "sets": [_set(dataset, digests) for dataset in train],
-        "eval_sets": [_set(dataset, digests) for dataset in evaluation],
+        "sets": [_set(dataset, digests, seed) for dataset in train],
+        "eval_sets": [_set(dataset, digests, seed) for dataset in evaluation],
         "max_samples": data.max_samples,
         "val_size": data.val_size,
     }
@@ -132,8 +135,10 @@ def describe(
         found["judges_responses"] = True
     if data.eval_on_each_dataset:
         found["evaluated_one_by_one"] = [dataset.name for dataset in evaluation]
-    if data.val_size:
-        found["seed"] = arguments.training.seed
+    if len(data.dataset) > 1 and data.mix_strategy != "concat":
+        found["mixing"] = [data.mix_strategy, *data.interleave_probs]
+    if data.val_size or "mixing" in found:
+        found["seed"] = seed
     if stage == "pt":
         found["packing"] = data.packs(stage)
     else:
@@ -166,11 +171,15 @@ def _tokenizer(model_dir: Path, digests: Digests) -> dict[str, str]:
     return found
 
 
-def _set(dataset: DataSet, digests: Digests) -> dict[str, Any]:
+def _set(dataset: DataSet, digests: Digests, seed: int) -> dict[str, Any]:
     layout = dataset.layout
     return {
         "formatting": layout.formatting,
         "columns": dict(layout.columns),
         "tags": dict(layout.tags),
-        "files": [[file.format, digests.of(file.path)] for file in dataset.files],
+        "drawn": [dataset.num_samples, seed] if dataset.num_samples is not None else None,
+        "files": [
+            [file.format, file.identity or digests.of(file.origin or file.path)]
+            for file in dataset.files
+        ],
     }

@@ -12,13 +12,15 @@ from typing import Any, BinaryIO
 
 from llmray.data.pieces import (
     CHUNK_BYTES,
+    OTHER_BYTES,
     Cut,
     DataFile,
     Piece,
-    not_utf8,
+    is_text,
     opened,
     piece_text,
     skip_mark,
+    wrong_bytes,
 )
 from llmray.errors import DataError
 
@@ -54,7 +56,7 @@ class _Window:
 
     def __init__(self, file: DataFile) -> None:
         self._file = file
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._decoder = codecs.getincrementaldecoder("utf-8")(OTHER_BYTES)
         self.text, self.position = "", 0
         self._bytes = self._lines = self._rows = 0  # of what lies before position
         self._counted = 0  # the position up to which these were counted
@@ -68,15 +70,7 @@ class _Window:
     def extend(self) -> bool:
         """Read on; whether there was anything more."""
         raw = self._handle.read(max(CHUNK_BYTES, len(self.text)))
-        try:
-            more = self._decoder.decode(raw, final=not raw)
-        except UnicodeDecodeError as error:
-            # the error's positions count from what the decoder had kept of the chunk before
-            lines = error.object[: error.start].count(b"\n") + self.text.count("\n", self._counted)
-            raise DataError(
-                f"{self._file.path}, near row {self._rows + 1} (line {self._lines + lines + 1}): "
-                f"{not_utf8(error)}"
-            ) from None
+        more = self._decoder.decode(raw, final=not raw)
         if not raw:
             return False
         self._count(self.position)
@@ -134,19 +128,20 @@ class _Window:
         self._count(self.position)
         line = self._lines + self.text.count("\n", self.position, position) + 1
         return DataError(
-            f"{self._file.path}, row {self._rows + 1} (line {line}): malformed JSON: {what}. "
+            f"{self._file.name}, row {self._rows + 1} (line {line}): malformed JSON: {what}. "
             "Required: one JSON list of objects, or one object on each line. Mend the file."
         )
 
     def _count(self, position: int) -> None:
         part = self.text[self._counted : position]
-        self._bytes += len(part) if part.isascii() else len(part.encode())
+        self._bytes += len(part) if part.isascii() else len(part.encode(errors=OTHER_BYTES))
         self._lines += part.count("\n")
         self._counted = position
 
 
 def _rows(piece: Piece) -> Iterator[tuple[int, Any]]:
     text, decode = piece_text(piece), json.JSONDecoder().raw_decode
+    is_utf8 = is_text(text)
     position = 0
     for _ in range(piece.num_rows):
         while text[position] in SPACE + ",[":
@@ -154,12 +149,12 @@ def _rows(piece: Piece) -> Iterator[tuple[int, Any]]:
                 break  # a row that is a list, where an object is required
             position += 1
         row, end = decode(text, position)
-        yield position, row
+        yield position, row if is_utf8 else (wrong_bytes(text[position:end]) or row)
         position = end
 
 
 def read(piece: Piece) -> Iterator[Any]:
-    """The rows of a piece."""
+    """The rows of a piece; a `RowError` in place of one that is not UTF-8."""
     for _, row in _rows(piece):
         yield row
 

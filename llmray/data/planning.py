@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmray.data import files, templates, tokenizer
+from llmray.data import duplicates, files, mixing, templates, tokenizer
 from llmray.data.conversation import RowFormat
 from llmray.data.features import FEATURES, FeatureOptions
 from llmray.data.pieces import DataFile, Piece
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 log = getLogger("llmray")
 
+UNUSED, USED, HELD_OUT, REPEATED = range(4)  # what becomes of a row
 LEAST_SHARD_BYTES, MOST_SHARD_BYTES = 4 << 20, 64 << 20  # of source text
 TRAIN, EVAL = "train", "eval"  # tables; sets that are evaluated one by one have eval_<set>
 NUM_SHARDS = 64  # wished for, within these bounds
@@ -46,16 +47,22 @@ class Job:
 class Shard:
     """Rows of one table that are built together.
 
-    `held_out` counts rows from the shard's first; they go to the table `eval` instead.
+    `uses` says of each row where it goes: nowhere (`UNUSED`), to the table, to the table `eval`
+    instead (`HELD_OUT`), nowhere since it is wrong (`REPEATED`); without it, all go to the table.
     """
 
     table: str
     pieces: tuple[tuple[Piece, RowFormat], ...]
-    held_out: frozenset[int] = frozenset()
+    uses: bytes = b""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of its pieces, used or not."""
+        return sum(piece.num_rows for piece, _ in self.pieces)
 
     def table_of(self, number: int) -> str:
         """The table of the row that is `number` in the shard."""
-        return "eval" if number in self.held_out else self.table
+        return EVAL if self.uses and self.uses[number] == HELD_OUT else self.table
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,8 @@ class Plan:
     """All that building needs, picklable.
 
     `block_len` is set where texts are laid into blocks, `bin_len` where rows are packed into bins.
+    `orders` has, by table, the numbers of its rows among those of the table's shards, in the order
+    of the table, where that is not the order of the shards.
     `judges_responses` says that rows to evaluate on are prompts with the response to compare with.
     """
 
@@ -73,8 +82,10 @@ class Plan:
     renderer: Renderer | None = field(repr=False)
     options: FeatureOptions
     shards: tuple[Shard, ...] = field(repr=False)
+    orders: dict[str, np.ndarray] = field(repr=False, compare=False)
     block_len: int | None
     bin_len: int | None
+    bad_rows: str
     batch_size: int
     names: tuple[str, ...]  # of the sets
     description: dict[str, Any] = field(repr=False)
@@ -82,7 +93,7 @@ class Plan:
 
     def features_of(self, table: str) -> str:
         """The key of `FEATURES` for the rows of a table."""
-        return "prompt" if self.judges_responses and table != "train" else self.stage
+        return "prompt" if self.judges_responses and table != TRAIN else self.stage
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -110,7 +121,7 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
     """
     data, stage = arguments.data, arguments.finetuning.stage
     loaded = tokenizer.load_tokenizer(model_dir, arguments.model)
-    renderer = tokenizer.renderer(data, loaded) if FEATURES[stage].needs_response else None
+    renderer = tokenizer.renderer(data, loaded) if FEATURES[stage].renders else None
     packed = data.cutoff_len if data.packs(stage) else None
     block_len, bin_len = (packed, None) if stage == "pt" else (None, packed)
     template = templates.find(data.template) if data.template else None
@@ -119,10 +130,7 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
     prefix, suffix = tokenizer.around_text(loaded, template) if stage == "pt" else ((), ())
     if stage == "pt":
         _say_unread([*job.train, *job.evaluation])
-    cut = _cut([*job.train, *job.evaluation], data.max_samples)
-    train = _group(cut[: len(job.train)], TRAIN)
-    num_rows = sum(_num_rows(shard) for shard in train)
-    held_out = held_out_rows(num_rows, data.val_size, arguments.training.seed) if train else ()
+    shards, orders = _shards(job, arguments)
     return Plan(
         key=job.key,
         target=job.target,
@@ -131,6 +139,7 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
         renderer=renderer,
         options=FeatureOptions(
             data.cutoff_len,
+            data.truncation,
             data.train_on_prompt,
             data.mask_history,
             block_len is not None,
@@ -138,12 +147,11 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
             suffix,
             _end_token(data, loaded) if renderer is not None else None,
         ),
-        shards=(
-            *_hold_out(train, np.array(held_out, np.int64)),
-            *_group_evaluation(job, cut[len(job.train) :], data.eval_on_each_dataset),
-        ),
+        shards=shards,
+        orders=orders,
         block_len=block_len,
         bin_len=bin_len,
+        bad_rows=data.bad_rows,
         batch_size=data.preprocessing_batch_size,
         names=tuple(dataset.name for dataset in [*job.train, *job.evaluation]),
         description=job.description,
@@ -168,6 +176,61 @@ def _end_token(data: DataArguments, loaded: Any) -> int | None:
     return int(loaded.eos_token_id)
 
 
+def _shards(job: Job, arguments: RunArguments) -> tuple[tuple[Shard, ...], dict[str, np.ndarray]]:
+    """The shards of all tables, and the orders of those tables that have one."""
+    data, seed = arguments.data, arguments.training.seed
+    cut = _cut([*job.train, *job.evaluation], data.max_samples)
+    train, evaluation = cut[: len(job.train)], cut[len(job.train) :]
+    orders = {}
+    order = mixing.table_order(
+        [_num_rows(pieces) for pieces in train],
+        [dataset.num_samples for dataset in job.train],
+        data.max_samples,
+        data.mix_strategy,
+        data.interleave_probs,
+        seed,
+    )
+    grouped = _group(train, TRAIN)
+    num_rows = sum(shard.num_rows for shard in grouped)
+    used = np.arange(num_rows) if order is None else np.unique(order)
+    uses = np.full(num_rows, UNUSED, np.uint8)
+    uses[used] = USED
+    if train:
+        uses[used[held_out_rows(len(used), data.val_size, seed)]] = HELD_OUT
+    if order is not None:
+        orders[TRAIN] = order[uses[order] == USED]
+    shards = _with_uses(grouped, _without_repeated(uses, train))
+    for table, sets in _evaluation_tables(job, evaluation, data.eval_on_each_dataset).items():
+        order = mixing.table_order(
+            [_num_rows(pieces) for _, pieces in sets],
+            [dataset.num_samples for dataset, _ in sets],
+            data.max_samples,
+            "concat",
+            (),
+            seed,
+        )
+        grouped = _group([pieces for _, pieces in sets], table)
+        uses = np.full(sum(shard.num_rows for shard in grouped), USED, np.uint8)
+        if order is not None:
+            uses[:] = UNUSED
+            uses[order] = USED
+            orders[table] = order
+        shards += _with_uses(grouped, _without_repeated(uses, [pieces for _, pieces in sets]))
+    return tuple(shards), orders
+
+
+def _without_repeated(
+    uses: np.ndarray, cut: Sequence[Sequence[tuple[Piece, RowFormat]]]
+) -> np.ndarray:
+    """The uses of rows, where those with the id of an earlier row of their set are marked."""
+    first = 0
+    for pieces in cut:
+        rows = first + duplicates.repeated_rows(pieces)
+        uses[rows[uses[rows] != UNUSED]] = REPEATED
+        first += _num_rows(pieces)
+    return uses
+
+
 def _warn_of_plain_text(name: str | None, end_of_turn: str, loaded: Any) -> None:
     if end_of_turn and not tokenizer.is_one_token(loaded, end_of_turn):
         log.warning(
@@ -181,8 +244,10 @@ def _warn_of_plain_text(name: str | None, end_of_turn: str, loaded: Any) -> None
 def held_out_rows(num_rows: int, val_size: float, seed: int) -> np.ndarray:
     """Which rows are set aside for evaluation, in rising order.
 
+    Each row counts once, however often it is drawn: no row is both trained and evaluated.
+
     Args:
-        num_rows: rows of all sets to train on.
+        num_rows: different rows of all sets to train on.
         val_size: a share below 1 (of which the rows are rounded up), or a number of rows.
         seed: of the permutation that they are the head of.
 
@@ -200,19 +265,20 @@ def held_out_rows(num_rows: int, val_size: float, seed: int) -> np.ndarray:
 
 
 def _cut(sets: Sequence[DataSet], limit: int | None) -> list[list[tuple[Piece, RowFormat]]]:
-    """The pieces of each set, of its first `limit` rows."""
+    """The pieces of each set, of its first `limit` rows where no number of them is drawn."""
     total = sum(os.stat(file.path).st_size for dataset in sets for file in dataset.files)
     size = min(max(total // NUM_SHARDS, LEAST_SHARD_BYTES), MOST_SHARD_BYTES)
     cut = []
     for dataset in sets:
         found: list[tuple[Piece, RowFormat]] = []
+        head = limit if dataset.num_samples is None else None
         for file in dataset.files:
-            left = None if limit is None else limit - sum(piece.num_rows for piece, _ in found)
+            left = None if head is None else head - _num_rows(found)
             if left == 0:
                 break
             found += [(piece, dataset.layout) for piece in files.cut(file, size, left)]
         if not found:
-            names = ", ".join(file.path for file in dataset.files)
+            names = ", ".join(file.name for file in dataset.files)
             raise DataError(
                 f"{dataset.name} has no rows: {names}. Required: at least one. Mend the file, or "
                 "take another set."
@@ -221,17 +287,14 @@ def _cut(sets: Sequence[DataSet], limit: int | None) -> list[list[tuple[Piece, R
     return cut
 
 
-def _group_evaluation(
+def _evaluation_tables(
     job: Job, cut: Sequence[Sequence[tuple[Piece, RowFormat]]], one_by_one: bool
-) -> list[Shard]:
-    """Shards of the sets to evaluate on: of one table, or of a table each."""
-    if not one_by_one:
-        return _group(cut, EVAL)
-    return [
-        shard
-        for dataset, pieces in zip(job.evaluation, cut, strict=True)
-        for shard in _group([pieces], f"{EVAL}_{dataset.name}")
-    ]
+) -> dict[str, list[tuple[DataSet, Sequence[tuple[Piece, RowFormat]]]]]:
+    """The sets to evaluate on with their pieces, by table: of one table, or of a table each."""
+    sets = list(zip(job.evaluation, cut, strict=True))
+    if one_by_one:
+        return {f"{EVAL}_{dataset.name}": [(dataset, pieces)] for dataset, pieces in sets}
+    return {EVAL: sets} if sets else {}
 
 
 def _group(cut: Sequence[Sequence[tuple[Piece, RowFormat]]], table: str) -> list[Shard]:
@@ -268,15 +331,19 @@ def _first_rows(file: DataFile) -> Iterator[Any]:
         yield from files.read(piece)
 
 
-def _num_rows(shard: Shard) -> int:
-    return sum(piece.num_rows for piece, _ in shard.pieces)
+def _num_rows(pieces: Sequence[tuple[Piece, RowFormat]]) -> int:
+    return sum(piece.num_rows for piece, _ in pieces)
 
 
-def _hold_out(train: Sequence[Shard], held_out: np.ndarray) -> Iterator[Shard]:
+def _with_uses(shards: Sequence[Shard], uses: np.ndarray) -> list[Shard]:
+    """The shards of a table with what becomes of their rows; those of which none is used left out.
+
+    Shards all of whose rows go to the table stay as they are.
+    """
+    found = []
     first = 0
-    for shard in train:
-        last = first + _num_rows(shard)
-        low, high = np.searchsorted(held_out, [first, last])
-        rows = frozenset((held_out[low:high] - first).tolist())
-        yield Shard(shard.table, shard.pieces, rows)
-        first = last
+    for shard in shards:
+        mine = uses[first : first + shard.num_rows]
+        first += shard.num_rows
+        found.append(shard if (mine == USED).all() else replace(shard, uses=mine.tobytes()))
+    return found

@@ -17,13 +17,17 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from llmray import store
 from llmray.data import build, identity, packing, planning, sources, workers
 from llmray.data.build import ShardReport
+from llmray.data.features import FEATURES
 from llmray.data.packing import PackedTable
 from llmray.data.planning import Plan
 from llmray.data.shards import Sample, SampleTable, Table
@@ -42,6 +46,7 @@ __all__ = [
     "SampleTable",
     "ShardReport",
     "Table",
+    "bad_rows",
     "build_shard",
     "commit",
     "differences",
@@ -57,6 +62,12 @@ __all__ = [
 log = getLogger("llmray")
 
 KIND = "prepared data"
+BAD_ROWS = "bad_rows.jsonl"
+LEFT_OUT = {
+    "bad": "rows cannot be read and were left out",
+    "over_limit": "rows have more tokens than cutoff_len and were left out",
+    "without_target": "rows were left out, since within cutoff_len no response is left of them",
+}
 build_shard = build.build_shard
 
 # what of a description follows from the data sets' files
@@ -189,28 +200,31 @@ def commit(plan: Plan, *, run_token: str | None = None) -> PreparedRef:
     """
     reports = [build.finished(plan, index) for index in range(len(plan.shards))]
     build.raise_problems(reports)
-    counts = build.counts(plan, reports)
-    metadata = {
+    metadata: dict[str, Any] = {
         "kind": KIND,
         "key": plan.key,
         "run_token": run_token or _run_token(),
         "built_at": time.time(),
         "block_len": plan.block_len,
         "tables": build.tables(plan, reports),
-        "counts": counts,
+        "orders": build.write_orders(plan, reports),
+        "bad_files": build.bad_files(reports),
         "names": list(plan.names),
         "inputs": plan.description,
     }
+    opened = {name: _table(plan.staging, metadata, name) for name in metadata["tables"]}
+    metadata["counts"] = counts = build.counts(plan, reports, opened)
     trains = any(shard.table == planning.TRAIN for shard in plan.shards)
     if not counts["train_rows" if trains else "eval_rows"]:
         raise DataError(
             f"No row is left to {'train' if trains else 'evaluate'} on: of "
             f"{counts['read']} rows, {counts['without_target']} have no "
-            "response within cutoff_len, and the rest is empty or set aside for evaluation. "
+            f"response within cutoff_len, {counts['over_limit']} have more tokens, "
+            f"{counts['bad']} cannot be read, and the rest is empty or set aside for evaluation. "
             "Take more data, raise cutoff_len, or lower val_size."
         )
     store.sweep(plan.staging)
-    sums = build.sums(plan, reports)
+    sums = build.sums(plan, reports, metadata["orders"].values())
     if plan.bin_len is not None:
         lengths = _table(plan.staging, metadata, "train").lengths
         metadata["packing"] = packing.build(Path(plan.staging), lengths, plan.bin_len)
@@ -236,8 +250,22 @@ def open(ref: PreparedRef | str | Path) -> Prepared:
 
 
 def _table(path: str, metadata: Mapping[str, Any], name: str) -> SampleTable:
-    files = metadata["tables"][name]
-    return SampleTable([store.join(path, file) for file in files], metadata["block_len"])
+    order = metadata["orders"].get(name)
+    return SampleTable(
+        [store.join(path, file) for file in metadata["tables"][name]],
+        metadata["block_len"],
+        None if order is None else np.load(store.join(path, order), mmap_mode="r"),
+    )
+
+
+def bad_rows(ref: PreparedRef | str | Path) -> str:
+    """The rows that `bad_rows: quarantine` put aside, as JSON lines with their reasons.
+
+    Raises:
+        StoreError, DataError: there is no prepared data at that place.
+    """
+    path = ref.path if isinstance(ref, PreparedRef) else str(ref)
+    return "".join(Path(path, name).read_text() for name in _metadata(path)["bad_files"])
 
 
 def verify(path: PreparedRef | str | Path) -> None:
@@ -328,14 +356,13 @@ def sets_of(
     names = data.dataset if trains or data.val_size else ()
     if not names and not data.eval_dataset:
         raise DataError("No dataset is given. Name one or more of dataset_info.json in dataset.")
-    if not isinstance(data.dataset_dir, str):
-        raise DataError(
-            "dataset_dir is a mapping, which is not built yet. Name the folder of a "
-            f"{sources.INFO}."
-        )
-    train = sources.open_sets(names, data.dataset_dir, hub_root=root / "hub")
-    evaluation = sources.open_sets(data.eval_dataset, data.dataset_dir, hub_root=root / "hub")
-    return train, evaluation
+    open_sets = partial(
+        sources.open_sets,
+        dataset_dir=data.dataset_dir,
+        cache=root / "fetched",
+        kind=FEATURES[arguments.finetuning.stage].kind,
+    )
+    return open_sets(names), open_sets(data.eval_dataset)
 
 
 def _inputs(
@@ -358,10 +385,11 @@ def _describe(
 
 
 def _plan(inputs: _Inputs, arguments: RunArguments, model_dir: Path, target: str) -> Plan:
-    for dataset in [*inputs.train, *inputs.evaluation]:
+    train, evaluation = sources.fetched(inputs.train), sources.fetched(inputs.evaluation)
+    for dataset in [*train, *evaluation]:
         sources.check_columns(dataset)
     return planning.make_plan(
-        planning.Job(inputs.key, target, inputs.description, inputs.train, inputs.evaluation),
+        planning.Job(inputs.key, target, inputs.description, train, evaluation),
         arguments,
         model_dir,
     )
@@ -388,7 +416,7 @@ def _build(
     _refuse_wrong_rows(reports)
     commit(made, run_token=token)
     metadata = _metadata(target)
-    _report(metadata["counts"], time.perf_counter() - started)
+    _report(metadata["counts"], arguments.data.truncation, time.perf_counter() - started)
     if "packing" in metadata:
         rows = metadata["counts"]["train_rows"]
         log.info("data: %d rows packed into %s", rows, packing.described(metadata["packing"]))
@@ -413,21 +441,27 @@ def _refuse_wrong_rows(reports: Iterable[ShardReport]) -> None:
     build.raise_problems(wrong)
 
 
-def _report(counts: Mapping[str, Any], seconds: float) -> None:
+def _report(counts: Mapping[str, Any], truncation: str, seconds: float) -> None:
     rows = {"train": counts["train_rows"], "evaluate": counts["eval_rows"]}
     parts = [f"{number} rows to {verb} on" for verb, number in rows.items() if number]
     parts.append(f"{counts['tokens']} tokens, {counts['targets']} of them targets")
-    parts.append(f"{counts['truncated']} rows cut to cutoff_len")
+    parts.append(f"{counts['truncated']} rows cut to cutoff_len (truncation: {truncation})")
+    if counts["over_limit"]:
+        parts.append(f"{counts['over_limit']} rows over cutoff_len left out")
     if counts["empty"]:
         parts.append(f"{counts['empty']} empty rows left out")
+    if counts["bad"]:
+        parts.append(f"{counts['bad']} bad rows left out")
+    if counts["unused"]:
+        parts.append(f"{counts['unused']} rows not drawn")
+    if counts["repeated"]:
+        parts.append(f"{counts['repeated']} rows drawn again")
     log.info("data prepared in %.1f s: %s", seconds, "; ".join(parts))
-    if counts["without_target"]:
-        log.warning(
-            "data: %d rows were left out, since within cutoff_len no response is left of them; the "
-            "first is %s",
-            counts["without_target"],
-            counts["first_without_target"],
-        )
+    for count, said in LEFT_OUT.items():
+        if counts[count]:
+            log.warning(
+                "data: %d %s; the first is %s", counts[count], said, counts["firsts"][count]
+            )
 
 
 def _metadata(path: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from llmray.data import build, files, prepared, shards
 from llmray.data.conversation import RowError
 from llmray.data.features import RowFeatures
-from llmray.data.planning import Plan
+from llmray.data.planning import HELD_OUT, UNUSED, USED, Plan
 from llmray.data.shards import Sample, SampleTable
 from llmray.errors import DataError
 
@@ -58,6 +58,7 @@ class Preview:
 class _Found:
     where: str
     features: RowFeatures
+    number: int  # among the rows of the table's shards
 
 
 def preview(
@@ -81,7 +82,7 @@ def preview(
     found: list[_Found] = []
     left_out: list[str] = []
     num_tokens = 0
-    for one in _built(plan, table):
+    for one in _in_order(plan, table):
         if not one.features.targets:
             left_out.append(one.where)
             continue
@@ -95,15 +96,50 @@ def preview(
 
 
 def _built(plan: Plan, table: str) -> Iterator[_Found]:
+    """The rows of a table in the order of its shards."""
+    first = 0
     for shard in plan.shards:
-        if table not in {shard.table, "eval" if shard.held_out else shard.table}:
+        if shard.table == table or HELD_OUT in shard.uses:
+            for number, where, outcome in build.outcomes(plan, shard):
+                place = files.place(*where)
+                if isinstance(outcome, RowError) and plan.bad_rows == "error":
+                    raise DataError(f"{place}: {outcome}")
+                if not isinstance(outcome, RowFeatures) or not len(outcome.input_ids):
+                    continue
+                if shard.table_of(number) == table:
+                    yield _Found(place, outcome, first + number)
+        if shard.table == table:
+            first += shard.num_rows
+
+
+def _in_order(plan: Plan, table: str) -> Iterator[_Found]:
+    """The rows of a table in its order; of one that is mixed, only those are built that come."""
+    if table not in plan.orders:
+        yield from _built(plan, table)
+        return
+    order = plan.orders[table]
+    first, count = 0, BATCH_ROWS
+    while first < len(order):
+        wanted = order[first : first + count]
+        built = {one.number: one for one in _built(_only(plan, table, wanted), table)}
+        yield from (built[number] for number in wanted.tolist() if number in built)
+        first, count = first + count, 4 * count
+
+
+def _only(plan: Plan, table: str, wanted: np.ndarray) -> Plan:
+    """A plan that builds of a table no rows but those that are wanted."""
+    kept = []
+    first = 0
+    for shard in plan.shards:
+        if shard.table != table:
             continue
-        for number, where, outcome in build.outcomes(plan, shard):
-            place = files.place(*where)
-            if isinstance(outcome, RowError):
-                raise DataError(f"{place}: {outcome}")
-            if shard.table_of(number) == table and len(outcome.input_ids):
-                yield _Found(place, outcome)
+        mine = wanted[(wanted >= first) & (wanted < first + shard.num_rows)] - first
+        first += shard.num_rows
+        before = np.frombuffer(shard.uses or bytes([USED]) * shard.num_rows, np.uint8)
+        uses = np.full(shard.num_rows, UNUSED, np.uint8)
+        uses[mine] = before[mine]
+        kept.append(replace(shard, uses=uses.tobytes()))
+    return replace(plan, shards=tuple(kept))
 
 
 def _rows(found: list[_Found], block_len: int | None) -> list[PreviewRow]:
@@ -112,7 +148,7 @@ def _rows(found: list[_Found], block_len: int | None) -> list[PreviewRow]:
         return []
     with tempfile.TemporaryDirectory(prefix="llmray-preview-") as folder:
         path = Path(folder) / "rows.arrow"
-        shards.write(path, [one.features for one in found])
+        shards.write(path, [one.features for one in found], range(len(found)))
         table = SampleTable([str(path)], block_len)
         samples = [_copied(table[index]) for index in range(len(table))]
     if block_len is None:

@@ -6,7 +6,7 @@ lists themselves, or blocks of a fixed length laid over all tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,13 +64,18 @@ class Table(Protocol):
         ...
 
 
-def write(path: Path, rows: Sequence[RowFeatures]) -> None:
+def write(path: Path, rows: Sequence[RowFeatures], numbers: Sequence[int] | None = None) -> None:
     """Write rows as a shard; the same rows give the same bytes.
+
+    Args:
+        path: the file.
+        rows: what is written.
+        numbers: of each row among those that the shard was built from; None: it was all of them.
 
     Raises:
         StoreError: the file cannot be written.
     """
-    batch = _batch(rows)
+    batch = _batch(rows, range(len(rows)) if numbers is None else numbers)
     with store.replacing(path) as unfinished, pa.OSFile(str(unfinished), "wb") as sink:
         _write(batch, sink)
 
@@ -78,7 +83,7 @@ def write(path: Path, rows: Sequence[RowFeatures]) -> None:
 def to_bytes(rows: Sequence[RowFeatures]) -> bytes:
     """Rows as the content of a shard's file."""
     sink = pa.BufferOutputStream()
-    _write(_batch(rows), sink)
+    _write(_batch(rows, range(len(rows))), sink)
     return bytes(sink.getvalue())
 
 
@@ -87,14 +92,21 @@ def _write(batch: Any, sink: Any) -> None:
         writer.write_batch(batch)
 
 
-def _batch(rows: Sequence[RowFeatures]) -> Any:
+def _batch(rows: Sequence[RowFeatures], numbers: Sequence[int]) -> Any:
     columns = {
         "input_ids": _lists([row.input_ids for row in rows]),
         "targets": _lists([np.array(row.targets, np.int32) for row in rows]),
         "instead": _lists([np.array(row.instead, np.int32) for row in rows]),
         "num_targets": pa.array(np.array([row.num_targets for row in rows], np.int32)),
+        "number": pa.array(np.array(numbers, np.int32)),
     }
     return pa.record_batch(columns)
+
+
+def row_numbers(path: Path) -> np.ndarray:
+    """The numbers that the rows of a shard were written with, (num_rows,) int32."""
+    with pa.memory_map(str(path)) as source:
+        return _view(ipc.open_file(source).get_batch(0).column("number"))
 
 
 def _lists(arrays: Sequence[np.ndarray]) -> Any:
@@ -133,31 +145,39 @@ class SampleTable:
     Attributes:
         lengths: tokens of each row, (num_rows,) int32.
         target_counts: targets of each row, (num_rows,) int32.
+        order: as given.
     """
 
-    def __init__(self, paths: Sequence[str | bytes], block_len: int | None = None) -> None:
+    def __init__(
+        self,
+        paths: Sequence[str | bytes],
+        block_len: int | None = None,
+        order: np.ndarray | None = None,
+    ) -> None:
         """Open shards.
 
         Args:
             paths: files of the shards in order, or their contents.
-            block_len: lay the tokens of all shards into blocks of this length, the last one
+            block_len: lay the tokens of all rows into blocks of this length, the last one
                 shorter, all of it learned; None: a row is what it was when the shard was written.
+            order: rows of the shards in the order of the table, which may leave some out and have
+                others several times, (num_rows,) int64; None: all as they stand.
         """
         self._shards = [_Shard(path) for path in paths]
-        sizes = [len(shard.ids) for shard in self._shards]
-        self._token_starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        self._is_blocks = block_len is not None
-        if block_len is not None:
-            total = int(self._token_starts[-1])
-            self._bounds = np.append(np.arange(0, total, block_len, dtype=np.int64), total)
-            self.lengths = np.diff(self._bounds).astype(np.int32)
-            self.target_counts = self.lengths - 1
-            return
+        self.order = order
         rows = [len(shard.num_targets) for shard in self._shards]
         self._row_starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
         none = [np.empty(0, np.int32)]
-        self.lengths = np.concatenate([np.diff(s.offsets) for s in self._shards] or none)
-        self.target_counts = np.concatenate([s.num_targets for s in self._shards] or none)
+        lengths = np.concatenate([np.diff(s.offsets) for s in self._shards] or none)
+        targets = np.concatenate([s.num_targets for s in self._shards] or none)
+        self._blocks: _Blocks | None = None
+        if block_len is not None:
+            self._blocks = _Blocks(lengths, order, block_len)
+            self.lengths = np.diff(self._blocks.bounds).astype(np.int32)
+            self.target_counts = self.lengths - 1
+            return
+        self.lengths = lengths if order is None else lengths[order]
+        self.target_counts = targets if order is None else targets[order]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -165,7 +185,13 @@ class SampleTable:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        return self._block(index) if self._is_blocks else self._row(index)
+        if self._blocks is None:
+            return self._row(index if self.order is None else int(self.order[index]))
+        parts = [self._tokens(*part) for part in self._blocks.parts(index)]
+        ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        mask = np.ones(len(ids), np.bool_)
+        mask[0] = False
+        return Sample(ids, mask)
 
     @property
     def num_rows(self) -> int:
@@ -175,15 +201,24 @@ class SampleTable:
     @property
     def num_tokens(self) -> int:
         """Tokens of all rows."""
-        return int(self._token_starts[-1])
+        return int(self.lengths.sum(dtype=np.int64))
+
+    def _find(self, row: int) -> tuple[_Shard, int]:
+        """The shard of a row, and its number there."""
+        number = int(np.searchsorted(self._row_starts, row, "right")) - 1
+        return self._shards[number], row - int(self._row_starts[number])
+
+    def _tokens(self, row: int, start: int, stop: int) -> np.ndarray:
+        shard, row = self._find(row)
+        first = int(shard.offsets[row])
+        return shard.ids[first + start : first + stop]
 
     def samples(self, index: int) -> list[Sample]:
         """The samples of a row: itself; a bin of a table in bins has several."""
         return [self[index]]
 
     def _row(self, index: int) -> Sample:
-        number = int(np.searchsorted(self._row_starts, index, "right")) - 1
-        shard, row = self._shards[number], index - int(self._row_starts[number])
+        shard, row = self._find(index)
         ids = shard.ids[shard.offsets[row] : shard.offsets[row + 1]]
         mask = np.zeros(len(ids), np.bool_)
         runs = shard.runs[shard.run_offsets[row] : shard.run_offsets[row + 1]]
@@ -192,16 +227,24 @@ class SampleTable:
         instead = shard.instead[shard.instead_offsets[row] : shard.instead_offsets[row + 1]]
         return Sample(ids, mask, instead.reshape(-1, 2) if len(instead) else None)
 
-    def _block(self, index: int) -> Sample:
-        start, stop = int(self._bounds[index]), int(self._bounds[index + 1])
-        number = int(np.searchsorted(self._token_starts, start, "right")) - 1
-        parts = []
-        while start < stop:
-            first = int(self._token_starts[number])
-            part = self._shards[number].ids[start - first : stop - first]
-            parts.append(part)
-            start, number = start + len(part), number + 1
-        ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        mask = np.ones(len(ids), np.bool_)
-        mask[0] = False
-        return Sample(ids, mask)
+
+class _Blocks:
+    """Blocks of a fixed length over the tokens of rows in their order."""
+
+    def __init__(self, lengths: np.ndarray, order: np.ndarray | None, block_len: int) -> None:
+        self._order = order
+        laid = lengths if order is None else lengths[order]
+        self._starts = np.concatenate([[0], np.cumsum(laid, dtype=np.int64)])  # of rows, in tokens
+        total = int(self._starts[-1])
+        self.bounds = np.append(np.arange(0, total, block_len, dtype=np.int64), total)
+
+    def parts(self, index: int) -> Iterator[tuple[int, int, int]]:
+        """The rows of a block, each with the tokens of it that are in the block."""
+        at, stop = int(self.bounds[index]), int(self.bounds[index + 1])
+        place = int(np.searchsorted(self._starts, at, "right")) - 1
+        while at < stop:
+            first, end = int(self._starts[place]), min(int(self._starts[place + 1]), stop)
+            if at < end:
+                row = place if self._order is None else int(self._order[place])
+                yield row, at - first, end - first
+            at, place = max(at, end), place + 1

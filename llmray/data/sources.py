@@ -1,27 +1,24 @@
 """dataset_info.json: the sets that a run names, their files, and how their rows are laid out.
 
-Files are read by `files`, rows by `conversation`. A set on a hub becomes a local file first.
+Files are read by `files`, rows by `conversation`; what lies elsewhere is had by `fetch`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from logging import getLogger
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmray import store
 from llmray.arguments import environment
-from llmray.data import files
-from llmray.data.conversation import COLUMNS, FORMATTINGS, TAGS, RowFormat
+from llmray.data import fetch, files
+from llmray.data.conversation import COLUMNS, FORMATTINGS, TAGS, Kind, RowFormat
 from llmray.data.pieces import BOM, CHUNK_BYTES, DataFile
 from llmray.errors import DataError
-
-log = getLogger("llmray")
 
 INFO = "dataset_info.json"
 MOST_NAMES = 40  # shown in an error
@@ -42,48 +39,69 @@ KEYS = (
     "tags",
 )
 HUB_KEYS = {"USE_MODELSCOPE_HUB": "ms_hub_url", "USE_OPENMIND_HUB": "om_hub_url"}
-NOT_BUILT: dict[str, str] = {
-    "script_url": "sets that come with a loading script cannot be read: libraries have dropped "
-    "them. Save the rows as JSON lines and name them by file_name.",
-    "cloud_file_name": "files on cloud storage are not built yet. Copy the file and name it by "
-    "file_name.",
-    "num_samples": "drawing a number of rows is not built yet. Remove num_samples, or take "
-    "max_samples of the run file.",
-}
+ONLINE, REMOTE = "ONLINE", "REMOTE:"
+INLINE = "dataset_dir"  # where an entry stands that the run file itself holds
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A set: its name, its files in order, the layout of its rows."""
+    """A set: its name, its files in order, the layout of its rows, how many of them to draw."""
 
     name: str
     files: tuple[DataFile, ...]
     layout: RowFormat
+    num_samples: int | None = None
 
 
-def open_sets(names: Sequence[str], dataset_dir: str, *, hub_root: Path) -> list[DataSet]:
+@dataclass(frozen=True)
+class _Info:
+    """Entries of sets, where they stand, and where the files lie that they name."""
+
+    entries: Mapping[str, Any]
+    where: str
+    folder: Callable[[str], Path]
+
+
+def open_sets(
+    names: Sequence[str],
+    dataset_dir: str | Mapping[str, Any],
+    *,
+    cache: Path,
+    kind: Kind = "responses",
+) -> list[DataSet]:
     """The sets that a run names, in their order.
 
     Args:
-        names: keys of dataset_info.json.
-        dataset_dir: the folder that holds it, and the files it names.
-        hub_root: where sets from a hub are kept as files.
+        names: keys of dataset_info.json; names of a hub's sets where dataset_dir is ONLINE.
+        dataset_dir: the folder that holds it, and the files it names; REMOTE:name, a repository
+            of the hub that does; or the entries themselves.
+        cache: where files are kept that lie elsewhere.
+        kind: what the stage reads of a row.
 
     Raises:
         DataError: a name, a key or a file is not there, or not of the kind required.
     """
     if not names:
         return []
-    info = _read_info(Path(dataset_dir))
+    info = _info(names, dataset_dir)
     sets = []
     for name in names:
-        if name not in info:
+        if name not in info.entries:
             raise DataError(
-                f"{name} is no set of {dataset_dir}/{INFO}.{nearest(name, info)} Required: one of "
-                f"{_listed(info)}. Mend the name, or add the set to the file."
+                f"{name} is no set of {info.where}.{nearest(name, info.entries)} Required: one of "
+                f"{_listed(info.entries)}. Mend the name, or add the set to the file."
             )
-        sets.append(_open_set(name, info[name], Path(dataset_dir), hub_root))
+        sets.append(_open_set(name, info, cache, kind))
     return sets
+
+
+def fetched(sets: Iterable[DataSet]) -> list[DataSet]:
+    """The sets with all their files here.
+
+    Raises:
+        DataError: one cannot be had.
+    """
+    return [replace(dataset, files=tuple(map(fetch.local, dataset.files))) for dataset in sets]
 
 
 def check_columns(dataset: DataSet) -> None:
@@ -124,6 +142,20 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(known[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
+def _info(names: Sequence[str], dataset_dir: str | Mapping[str, Any]) -> _Info:
+    if isinstance(dataset_dir, Mapping):
+        return _Info(dataset_dir, INLINE, lambda name: Path())
+    if dataset_dir == ONLINE:
+        online = {name: dict.fromkeys(fetch.HUBS, name) for name in names}
+        return _Info(online, ONLINE, lambda name: Path())
+    if dataset_dir.startswith(REMOTE):
+        repository = dataset_dir.removeprefix(REMOTE)
+        entries = _read_info(fetch.hub_folder(repository, INFO))
+        return _Info(entries, f"{repository}/{INFO}", partial(fetch.hub_folder, repository))
+    folder = Path(dataset_dir)
+    return _Info(_read_info(folder), f"{folder / INFO}", lambda name: folder)
+
+
 def _read_info(folder: Path) -> Mapping[str, Any]:
     path = folder / INFO
     try:
@@ -147,38 +179,57 @@ def _read_info(folder: Path) -> Mapping[str, Any]:
     return info
 
 
-def _open_set(name: str, entry: Any, folder: Path, hub_root: Path) -> DataSet:
-    where = f"{folder / INFO}: {name}"
-    if not isinstance(entry, dict):
+def _open_set(name: str, info: _Info, cache: Path, kind: Kind) -> DataSet:
+    where, entry = f"{info.where}: {name}", info.entries[name]
+    if not isinstance(entry, Mapping):
         raise DataError(f"{where} is {entry!r}. Required: an object that describes the set.")
     _check_names(where, entry, KEYS)
-    for key, sentence in NOT_BUILT.items():
-        if entry.get(key) is not None:
-            raise DataError(f"{where} has {key}={entry[key]!r}: {sentence}")
-    if entry.get("ranking"):
+    if entry.get("script_url") is not None:
         raise DataError(
-            f"{where} has ranking: true: it holds pairs of responses, from which stages pt and sft "
-            "do not learn. Take another set, or another stage."
+            f"{where} has script_url={entry['script_url']!r}: sets that come with a loading script "
+            "cannot be read: libraries have dropped them. Save the rows as JSON lines and name "
+            "them by file_name."
         )
     layout = _layout(where, entry)
+    _check_kind(where, entry, layout, kind)
+    wanted = entry.get("num_samples")
+    if wanted is not None and (not isinstance(wanted, int) or wanted < 1):
+        raise DataError(f"{where} has num_samples={wanted!r}. Required: a number of rows from 1.")
+    return DataSet(name, _files(where, entry, info, cache), layout, wanted)
+
+
+def _files(where: str, entry: Mapping[str, Any], info: _Info, cache: Path) -> tuple[DataFile, ...]:
+    """The files of a set, wherever it lies; a hub goes before a file, as in LLaMA-Factory."""
     asked = environment.other_hub(os.environ)
-    if asked is not None and entry.get(HUB_KEYS[asked]):
-        raise DataError(_other_hub(where, HUB_KEYS[asked]) + f" Or unset {asked} for hf_hub_url.")
-    if entry.get("hf_hub_url"):
-        return DataSet(name, (_from_hub(where, entry, hub_root),), layout)
+    hubs = [key for key in fetch.HUBS if entry.get(key)]
+    if hubs:
+        key = HUB_KEYS[asked] if asked is not None and HUB_KEYS[asked] in hubs else hubs[0]
+        return (fetch.hub_file(where, key, entry, cache),)
+    if entry.get("cloud_file_name"):
+        return tuple(fetch.cloud_files(entry["cloud_file_name"], cache))
     if entry.get("file_name"):
-        return DataSet(name, _local_files(where, folder / entry["file_name"]), layout)
-    hub_key = next((key for key in HUB_KEYS.values() if entry.get(key)), None)
-    if hub_key is not None:
-        raise DataError(_other_hub(where, hub_key))
-    raise DataError(f"{where} names no data. Required: file_name or hf_hub_url.")
-
-
-def _other_hub(where: str, key: str) -> str:
-    return (
-        f"{where} is on another hub ({key}): only hf_hub_url is built yet. Download the set and "
-        "name it by file_name."
+        name = entry["file_name"]
+        return _local_files(where, info.folder(name) / name, cache)
+    raise DataError(
+        f"{where} names no data. Required: one of file_name, {', '.join(fetch.HUBS)}, "
+        "cloud_file_name."
     )
+
+
+def _check_kind(where: str, entry: Mapping[str, Any], layout: RowFormat, kind: Kind) -> None:
+    """Fail if the rows of a set are not what the stage learns from."""
+    if bool(entry.get("ranking")) != (kind == "pair"):
+        has = "pairs of responses" if entry.get("ranking") else "no pairs of responses"
+        raise DataError(
+            f"{where} has ranking: {str(bool(entry.get('ranking'))).lower()}: it holds {has}, "
+            f"{'from which this stage does not learn' if kind != 'pair' else 'which it needs'}. "
+            "Take another set, or another stage."
+        )
+    if "kto_tag" in layout.columns and kind != "judged":
+        raise DataError(
+            f"{where} names a kto_tag: its rows hold wanted and unwanted responses, from which "
+            "this stage does not learn. Take another set, or another stage."
+        )
 
 
 def _check_names(where: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -198,11 +249,6 @@ def _layout(where: str, entry: Mapping[str, Any]) -> RowFormat:
             f"Required: one of {', '.join(FORMATTINGS)}."
         )
     columns = _words(where, entry, "columns", COLUMNS)
-    if "kto_tag" in columns:
-        raise DataError(
-            f"{where} names a kto_tag: its rows hold wanted and unwanted responses, from which "
-            "stages pt and sft do not learn. Take another set, or another stage."
-        )
     return RowFormat(formatting, columns, _words(where, entry, "tags", TAGS))
 
 
@@ -219,46 +265,24 @@ def _words(
     return dict(given)
 
 
-def _local_files(where: str, path: Path) -> tuple[DataFile, ...]:
+def _local_files(where: str, path: Path, cache: Path) -> tuple[DataFile, ...]:
     if path.is_dir():
         inside = sorted(child for child in path.iterdir() if child.is_file())
-        extensions = {child.suffix.lower() for child in inside}
-        if len(extensions) != 1:
-            raise DataError(
-                f"{where}: the folder {path} holds files of {len(extensions)} kinds "
-                f"({', '.join(sorted(extensions)) or 'no file'}). Required: files of one extension."
-            )
-        return tuple(files.recognise(child) for child in inside)
+        try:
+            fetch.require_one_kind(str(path), [child.name for child in inside])
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        return tuple(_local_file(child, cache) for child in inside)
     if not path.exists():
         near = nearest(path.name, [child.name for child in path.parent.glob("*")])
         raise DataError(
             f"{where}: {path} does not exist.{near} Required: a file or a folder of files, named "
             "from dataset_dir. Mend file_name."
         )
-    return (files.recognise(path),)
+    return (_local_file(path, cache),)
 
 
-def _from_hub(where: str, entry: Mapping[str, Any], hub_root: Path) -> DataFile:
-    """The rows of a set on the Hugging Face hub as a local parquet file, downloaded if needed."""
-    import datasets
-
-    name = entry["hf_hub_url"]
-    try:
-        rows = datasets.load_dataset(
-            name,
-            name=entry.get("subset"),
-            data_dir=entry.get("folder"),
-            split=entry.get("split", "train"),
-        )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"{where}: the set {name} could not be had from the Hugging Face hub: {error}. "
-            "Required: a set of that name, and a network that reaches the hub or a cached copy. "
-            "Where there is neither, download its files and name them by file_name."
-        ) from error
-    path = hub_root / f"{rows._fingerprint}.parquet"
-    if not path.exists():
-        log.info("%s: %d rows from the hub, kept in %s", name, len(rows), path)
-        with store.replacing(path) as unfinished:
-            rows.to_parquet(str(unfinished))
-    return DataFile(str(path), "parquet")
+def _local_file(path: Path, cache: Path) -> DataFile:
+    if fetch.is_compressed(path.name):
+        return fetch.compressed(path, cache)
+    return files.recognise(path)

@@ -19,10 +19,12 @@ WORKING = """
 model_name_or_path adapter_name_or_path cache_dir model_revision disable_gradient_checkpointing
 use_reentrant_gc train_from_scratch infer_dtype hf_hub_token print_param_status trust_remote_code
 compute_dtype device_map model_max_length block_diag_attn
-dataset eval_dataset eval_on_each_dataset cutoff_len train_on_prompt mask_history packing
-neat_packing streaming buffer_size
+dataset dataset_dir eval_dataset eval_on_each_dataset cutoff_len truncation bad_rows
+train_on_prompt mask_history
+packing neat_packing streaming buffer_size
 overwrite_cache preprocessing_batch_size preprocessing_num_workers max_samples val_size
 tokenized_path data_shared_file_system
+mix_strategy interleave_probs
 default_system template tool_format enable_thinking preserve_thinking
 additional_target lora_alpha lora_dropout lora_rank lora_target use_rslora create_new_adapter
 freeze_trainable_layers freeze_trainable_modules freeze_extra_modules pure_bf16 disable_shuffling
@@ -58,7 +60,6 @@ PARTLY = {
         ["adamw_bnb_8bit", "lion_8bit"],
     ),
     "lr_scheduler_type": (["cosine", "linear", "polynomial", "inverse_sqrt"], ["greedy"]),
-    "dataset_dir": (["data", "/x"], ["ONLINE", "REMOTE:a/b", {"a": {}}]),
     "flash_attn": (["auto", "disabled", "sdpa"], ["fa2", "fa3"]),
     "fsdp": ([None, "", False], ["full_shard auto_wrap", True]),
 }
@@ -171,6 +172,8 @@ COMBINED = {
     ("use_asft_loss", "finetuning_type"): {"use_asft_loss": True},
     ("reward_model_type", "finetuning_type"): {"stage": "ppo", "finetuning_type": "full"},
     ("streaming", "max_samples"): {"streaming": True, "max_samples": 8},
+    ("streaming", "mix_strategy"): {"streaming": True, "mix_strategy": "interleave_over"},
+    ("streaming", "bad_rows"): {"streaming": True, "bad_rows": "quarantine"},
     ("streaming", "tokenized_path"): {"streaming": True, "tokenized_path": "t"},
     ("streaming", "predict_with_generate"): {"streaming": True, "predict_with_generate": True},
     ("load_best_model_at_end", "stage"): {"load_best_model_at_end": True, "stage": "rm"},

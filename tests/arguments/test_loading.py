@@ -86,6 +86,8 @@ def test_forms_of_values(key, text, value):
         ("cutoff_len", 1.5, "a whole number, at least 1"),
         ("cutoff_len", None, "a whole number, at least 1"),
         ("lora_dropout", 1, "at least 0 and below 1"),
+        ("val_size", 1.0, "(1.0 is a share, of all rows; one row is written 1)"),
+        ("val_size", "1.0", "(1.0 is a share, of all rows; one row is written 1)"),
         ("val_size", 1.5, "a share below 1 or a whole number"),
         ("val_size", -0.1, "a share below 1 or a whole number"),
         ("plot_loss", 3, "true, false or a list of names"),

@@ -24,6 +24,8 @@ def resolved(base, **keys):
         ("output_dir", "s3://bucket/out", "s3://bucket/out"),
         ("output_dir", "~/out", "{user}/out"),
         ("dataset_dir", "data", "{base}/data"),
+        ("dataset_dir", "ONLINE", "ONLINE"),
+        ("dataset_dir", "REMOTE:org/data", "REMOTE:org/data"),
         ("cache_dir", "cache", "{base}/cache"),
         ("resume_from_checkpoint", "out/checkpoint-5", "{base}/out/checkpoint-5"),
         ("resume_from_checkpoint", True, True),
@@ -46,6 +48,12 @@ def test_paths(tmp_path, monkeypatch, key, value, expected):
 
     wanted = [fill(item) for item in expected] if isinstance(expected, list) else fill(expected)
     assert resolved(tmp_path, **{key: value})[key] == wanted
+
+
+def test_files_of_sets_in_the_run_file_are_made_absolute(tmp_path):
+    sets = {"a": {"file_name": "rows.json", "num_samples": 3}, "b": {"hf_hub_url": "org/b"}}
+    found = resolved(tmp_path, dataset_dir=sets)["dataset_dir"]
+    assert found == {"a": {**sets["a"], "file_name": f"{tmp_path}/rows.json"}, "b": sets["b"]}
 
 
 def test_the_default_storage_path_counts_on_ray_only(tmp_path):

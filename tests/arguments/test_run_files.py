@@ -59,6 +59,7 @@ LOADS = {
     "chat": "model_name_or_path: org/Some-4B\nadapter_name_or_path: saves/run\ntemplate: llama3\n"
     "infer_backend: huggingface\ntrust_remote_code: true\n",
 }
+LOADS["remote data"] = LOADS["sft"] + "dataset_dir: REMOTE:org/demo_data\n"
 FAILS = {
     "dpo": COMMON + "stage: dpo\npref_beta: 0.1\npref_loss: sigmoid\n",
     "kto": COMMON + "stage: kto\npref_beta: 0.1\n",
@@ -86,7 +87,6 @@ FAILS = {
     "export_quantization_bit: 4\nexport_quantization_dataset: data/c4_demo.jsonl\n",
     "vision": COMMON + "image_max_pixels: 262144\nvideo_max_pixels: 16384\n"
     "freeze_vision_tower: true\nfreeze_multi_modal_projector: true\n",
-    "remote data": LOADS["ray"] + "dataset_dir: REMOTE:org/demo_data\n",
     "benchmark": "model_name_or_path: org/Some-4B\ntask: mmlu_test\nlang: en\nn_shot: 5\n"
     "save_dir: saves/eval\nbatch_size: 4\ntemplate: fewshot\n",
 }

@@ -51,9 +51,7 @@ def test_a_column_that_is_not_listed_keeps_its_default_name() -> None:
 
 def test_text_needs_no_response() -> None:
     layout = RowFormat("alpaca", {"prompt": "text"})
-    assert to_conversation({"text": "a"}, layout, needs_response=False).messages == said(
-        ("user", "a")
-    )
+    assert to_conversation({"text": "a"}, layout, "text").messages == said(("user", "a"))
 
 
 def test_sharegpt_takes_the_system_message_out() -> None:
@@ -298,4 +296,79 @@ def test_media_and_text_from_conversations_are_not_built() -> None:
     with pytest.raises(RowError, match="training on media is not built yet"):
         to_conversation(row, RowFormat("sharegpt", {"images": "images"}))
     with pytest.raises(RowError, match="stage pt learns plain text"):
-        to_conversation(row, SHAREGPT, needs_response=False)
+        to_conversation(row, SHAREGPT, "text")
+
+
+# --- pairs and judged responses ---------------------------------------------------------------
+
+PROMPT = [{"from": "human", "value": "q"}]
+ANSWERED = [*PROMPT, {"from": "gpt", "value": "a"}]
+GOOD, WORSE = {"from": "gpt", "value": "good"}, {"from": "gpt", "value": "worse"}
+
+
+def test_a_pair_of_alpaca_has_two_responses_to_one_prompt() -> None:
+    row = {"instruction": "do", "input": "this", "better": "good", "rejected": "worse", "h": []}
+    found = to_conversation(row, RowFormat("alpaca", {"chosen": "better", "history": "h"}), "pair")
+    assert found == Conversation(
+        said(("user", "do\nthis")),
+        chosen=Message("assistant", "good"),
+        rejected=Message("assistant", "worse"),
+    )
+
+
+def test_a_pair_of_sharegpt_ends_with_the_prompt() -> None:
+    row = {
+        "conversations": [{"from": "system", "value": "s"}, *ANSWERED, *PROMPT],
+        "chosen": GOOD,
+        "rejected": {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+    }
+    assert to_conversation(row, SHAREGPT, "pair") == Conversation(
+        said(("user", "q"), ("assistant", "a"), ("user", "q")),
+        "s",
+        chosen=Message("assistant", "good"),
+        rejected=Message("function", "", calls=(ToolCall("f", {}),)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"conversations": PROMPT, "chosen": GOOD}, "column 'rejected' is missing"),
+        (
+            {"conversations": PROMPT, "chosen": "good", "rejected": WORSE},
+            "message 'chosen' is str 'good'. Required: an object",
+        ),
+        (
+            {"conversations": PROMPT, "chosen": GOOD, "rejected": PROMPT[0]},
+            "'rejected' is from human. Required: a response, from gpt or function_call",
+        ),
+        (
+            {"conversations": ANSWERED, "chosen": GOOD, "rejected": WORSE},
+            "the last message, 2, is a response. Required: human, gpt in turns",
+        ),
+        ({"conversations": [], "chosen": GOOD, "rejected": WORSE}, "the conversation is empty"),
+    ],
+)
+def test_a_wrong_pair_is_refused(row: Any, words: str) -> None:
+    with pytest.raises(RowError) as error:
+        to_conversation(row, SHAREGPT, "pair")
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "row"),
+    [
+        (RowFormat("alpaca"), {"instruction": "q", "output": "a", "kto_tag": False}),
+        (RowFormat("sharegpt", {"kto_tag": "label"}), {"conversations": ANSWERED, "label": False}),
+    ],
+)
+def test_a_judged_row_says_whether_its_response_is_wanted(layout: RowFormat, row: Any) -> None:
+    found = to_conversation(row, layout, "judged")
+    assert found == Conversation(said(("user", "q"), ("assistant", "a")), is_wanted=False)
+    tag = layout.column("kto_tag")
+    assert tag is not None
+    for wrong in ("true", 1, None):
+        with pytest.raises(RowError, match=f"'{tag}' is .*Required: true for a wanted response"):
+            to_conversation({**row, tag: wrong}, layout, "judged")
+    with pytest.raises(RowError, match=f"column '{tag}' is missing"):
+        to_conversation({k: v for k, v in row.items() if k != tag}, layout, "judged")

@@ -1,76 +1,13 @@
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
 import pytest
+from letters import ENCODER, Letters, build, dialogue, shown
 
 from llmray.data.conversation import Conversation, Message, RowError
-from llmray.data.encoding import Encoded, Encoder
-from llmray.data.features import (
-    FeatureOptions,
-    RowFeatures,
-    budgets,
-    prompts,
-    supervised,
-    texts,
-)
+from llmray.data.features import FeatureOptions, RowFeatures, prompts, supervised, texts
 from llmray.data.templates import Turn
-
-
-@dataclass(frozen=True)
-class Letters:
-    """A renderer whose sources are small letters and whose targets are capital ones."""
-
-    def turns(self, conversation: Conversation) -> list[Turn]:
-        pairs = zip(conversation.messages[::2], conversation.messages[1::2], strict=True)
-        return [Turn(prompt.content, response.content) for prompt, response in pairs]
-
-    def prompt(
-        self, messages: Sequence[Message], system: str | None = None, tools: str | None = None
-    ) -> str:
-        return "".join(message.content for message in messages) + "h"
-
-
-class OneTokenALetter:
-    """An encoder whose ids are the code points of the text."""
-
-    def encode(self, wholes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        bounds = np.cumsum([0, *map(len, wholes)])
-        return np.array([ord(letter) for letter in "".join(wholes)], np.int32), bounds
-
-    def encode_parts(self, parts: Sequence[Sequence[str]]) -> Encoded:
-        ids, bounds = self.encode(["".join(part) for part in parts])
-        borders = [np.cumsum([len(text) for text in part]).tolist() for part in parts]
-        return Encoded(ids, bounds, borders)
-
-
-ENCODER = cast("Encoder", OneTokenALetter())
-
-
-def dialogue(*words: str) -> Conversation:
-    roles: list[Any] = ["user", "assistant"]
-    return Conversation(tuple(Message(roles[i % 2], word) for i, word in enumerate(words)))
-
-
-def shown(row: Any) -> tuple[str, str]:
-    """The kept text, and the same with all but the targets blanked out."""
-    assert isinstance(row, RowFeatures)
-    text = "".join(map(chr, row.input_ids))
-    learned = np.zeros(len(text), bool)
-    for start, stop in zip(row.targets[::2], row.targets[1::2], strict=True):
-        learned[start:stop] = True
-    assert row.num_targets == learned.sum()
-    return text, "".join(
-        letter if is_target else "." for letter, is_target in zip(text, learned, strict=True)
-    )
-
-
-def build(conversation: Conversation, cutoff_len: int = 100, **options: Any) -> RowFeatures:
-    made = FeatureOptions(cutoff_len, **options)
-    [row] = supervised([conversation], ENCODER, Letters(), made)
-    assert isinstance(row, RowFeatures)
-    return row
+from llmray.data.truncation import budgets
 
 
 def test_responses_are_targets() -> None:
@@ -118,7 +55,8 @@ def test_budgets_by_worked_examples(lengths: tuple[int, int, int], kept: tuple[i
 
 def test_a_long_row_is_cut_turn_by_turn_from_the_first() -> None:
     """Room 10: turn 1 needs 3 + 3, all kept; 4 remain: the target (1) is below half, source 3."""
-    row = build(dialogue("abc", "DEF", "ghijk", "L", "m", "N"), cutoff_len=10)
+    conversation = dialogue("abc", "DEF", "ghijk", "L", "m", "N")
+    row = build(conversation, cutoff_len=10, truncation="llamafactory")
     assert row.is_truncated
     assert shown(row) == ("abcDEFghiL", "...DEF...L")
     assert row.cuts == (9, 2, 10, 2)  # jk before L, mN at the end
@@ -127,25 +65,26 @@ def test_a_long_row_is_cut_turn_by_turn_from_the_first() -> None:
 def test_with_mask_history_the_last_turn_gets_its_room_first() -> None:
     """Room 10: the last turn needs 1 + 1, the second 5 + 1; 2 remain for abc and DEF: 1 and 1."""
     conversation = dialogue("abc", "DEF", "ghijk", "L", "m", "N")
-    row = build(conversation, cutoff_len=10, mask_history=True)
+    row = build(conversation, cutoff_len=10, truncation="llamafactory", mask_history=True)
     assert shown(row) == ("aDghijkLmN", ".........N")
 
 
 def test_turns_that_do_not_fit_leave_the_row() -> None:
     """Room 4: int(4 * 3 / 6) = 2 of DEF; the room is used up, so the rest is not there."""
-    assert shown(build(dialogue("abc", "DEF", "g", "H"), cutoff_len=4)) == ("abDE", "..DE")
+    row = build(dialogue("abc", "DEF", "g", "H"), cutoff_len=4, truncation="llamafactory")
+    assert shown(row) == ("abDE", "..DE")
 
 
 @pytest.mark.parametrize("length", [49, 98, 107])
 def test_a_row_of_exactly_the_cutoff_is_not_cut(length: int) -> None:
     """Though int(49 * (1 / 49)) is 0 in floating point."""
-    row = build(dialogue("a" * (length - 1), "B"), cutoff_len=length)
+    row = build(dialogue("a" * (length - 1), "B"), length, truncation="llamafactory")
     assert not row.is_truncated
     assert row.num_targets == 1
 
 
 def test_a_row_without_a_target_says_so() -> None:
-    row = build(dialogue("abcdefg", "HI"), cutoff_len=3)
+    row = build(dialogue("abcdefg", "HI"), cutoff_len=3, truncation="llamafactory")
     assert shown(row) == ("abc", "...")
     assert row.targets == ()
 
@@ -263,5 +202,5 @@ def test_a_cut_row_has_room_for_its_end() -> None:
 
 def test_a_response_that_was_cut_away_has_no_end() -> None:
     """Room 3 - 1 for 7 and 2: int(2 * 2 / 9) = 0 of the target."""
-    row = build(dialogue("abcdefg", "HI"), cutoff_len=3, end_token=END)
+    row = build(dialogue("abcdefg", "HI"), cutoff_len=3, end_token=END, truncation="llamafactory")
     assert row.targets == ()

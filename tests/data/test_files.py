@@ -133,10 +133,8 @@ def test_a_bad_line_is_named_and_the_others_are_read(
         ("a.json", '[\n{"a": 1},\n{"a": "2', "row 2 (line 3): malformed JSON: Unterminated"),
         ("a.json", '[{"a": 1},\n]', "malformed JSON: a row is missing"),
         ("a.json", '[{"a": 1}]\n[]', "malformed JSON: more follows"),
-        ("a.json", b'[{"a": 1},\n{"a": "\xff"}]', "(line 2): byte 0xff is not UTF-8"),
         ("a.json", '[{"a": 1}]'.encode("utf-16"), "byte order mark of UTF-16"),
         ("a.csv", 'a,b\n1,"2\n', "line 2: malformed CSV"),
-        ("a.csv", b"a,b\n1,\xff\n", "line 2: byte 0xff is not UTF-8"),
         ("a.parquet", b"PAR1 nothing", "cannot be read as parquet"),
         ("a.arrow", b"ARROW1 nothing", "cannot be read as arrow"),
     ],
@@ -189,3 +187,32 @@ def test_rows_that_are_lists_stay_rows(tmp_path: Path) -> None:
 def test_an_unknown_extension_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Required: one of json, jsonl, txt, csv, parquet, arrow"):
         files.recognise(tmp_path / "a.xlsx")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("a.json", b'[{"a": "1"},\n{"a": "\xff"},\n{"a": "3"}]', 2),
+        ("a.jsonl", b'{"a": "1"}\n{"a": "\xff"}\n{"a": "3"}', 2),
+        ("a.csv", b"a\n1\n\xff\n3\n", 3),
+        ("a.txt", b"1\n\xff\n3\n", 2),
+    ],
+)
+@pytest.mark.parametrize("piece_bytes", [1, 1 << 20])
+def test_bytes_that_are_no_text_spoil_their_row_alone(
+    tmp_path: Path, name: str, content: bytes, line: int, piece_bytes: int
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    found = [
+        (row, files.place(piece, index))
+        for piece in files.cut(files.recognise(path), piece_bytes)
+        for index, row in enumerate(files.read(piece))
+    ]
+    assert len(found) == 3
+    wrong, place = found[1]
+    assert isinstance(wrong, RowError)
+    assert "byte 0xff is not UTF-8" in str(wrong)
+    assert r"\xff" in str(wrong.text)
+    assert place == f"{path}, row 2 (line {line})"
+    assert [list(row.values()) for row, _ in (found[0], found[2])] == [["1"], ["3"]]

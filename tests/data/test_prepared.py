@@ -149,11 +149,16 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
     "cutoff_len": lambda folder: {"cutoff_len": 65},
     "template": lambda folder: {"template": "qwen"},
     "default_system": lambda folder: {"default_system": "S"},
+    "truncation": lambda folder: {"truncation": "drop"},
+    "bad_rows": lambda folder: {"bad_rows": "skip"},
     "train_on_prompt": lambda folder: {"train_on_prompt": True},
     "mask_history": lambda folder: {"mask_history": True},
     "max_samples": lambda folder: {"max_samples": 10},
     "val_size": lambda folder: {"val_size": 0.1},
     "dataset": lambda folder: {"dataset": "rows,other"},
+    "num_samples": lambda folder: (folder / "dataset_info.json").write_text(
+        json.dumps({"rows": {"file_name": "rows.jsonl", "num_samples": 7}})
+    ),
     "eval_dataset": lambda folder: {"eval_dataset": "other"},
     "stage": lambda folder: {"stage": "pt"},
     "bytes of a file": lambda folder: append(folder / "rows.jsonl", '{"instruction": "a"}'),
@@ -369,9 +374,139 @@ def test_rows_without_a_response_left_are_said_and_left_out(
         prepared.ensure(given, tiny_llama_dir, root=root)
     long_enough = arguments(folder, dataset="other", cutoff_len=32, template="chatml")
     prepared.ensure(long_enough, tiny_llama_dir, root=root)
-    with_middle = arguments(folder, dataset="other", cutoff_len=10, template="chatml")
+    # structure: 13 tokens around a prompt; 10 are enough for the response in the other way
+    with_middle = arguments(
+        folder, dataset="other", cutoff_len=10, template="chatml", truncation="llamafactory"
+    )
     ref = prepared.ensure(with_middle, tiny_llama_dir, root=root)
     assert 1 <= ref.num_train <= 2
+
+
+# --- orders of tables -------------------------------------------------------------------------
+
+
+def texts_of(path: Path | str, model: Path, table: str = "train") -> list[str]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    opened = prepared.open(path)
+    rows = opened.train if table == "train" else opened.eval[table]
+    return [tokenizer.decode(rows[i].input_ids) for i in range(len(rows))]
+
+
+def write_letters(folder: Path, **entry: Any) -> None:
+    """Sets a of 6 rows and b of 3, whose rows are a0, a1, ...; of a, row 2 is empty."""
+    info = {}
+    for name, count in (("a", 6), ("b", 3)):
+        rows = [f"{name}{i}" for i in range(count)]
+        texts = [{"text": "" if row == "a2" else row} for row in rows]
+        (folder / f"{name}.json").write_text(json.dumps(texts))
+        info[name] = {"file_name": f"{name}.json", "columns": {"prompt": "text"}, **entry}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+def letters(folder: Path, root: Path, model: Path, **keys: Any) -> list[str]:
+    given = arguments(folder, stage="pt", dataset="a,b", packing=False, **keys)
+    ref = prepared.ensure(given, model, root=root)
+    return [text.removesuffix("<|im_end|>") for text in texts_of(ref.path, model)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("concat", "a0 a1 a3 a4 a5 b0 b1 b2"),
+        ("interleave_under", "a0 b0 a1 b1 b2"),
+        ("interleave_over", "a0 b0 a1 b1 b2 a3 b0 a4 b1 a5 b2"),
+        ("interleave_once", "a0 b0 a1 b1 b2 a3 a4 a5"),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_sets_are_mixed_whatever_the_processes(
+    folder: Path,
+    root: Path,
+    tiny_llama_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: str,
+    expected: str,
+    num_workers: int,
+) -> None:
+    monkeypatch.setattr(planning, "LEAST_SHARD_BYTES", 30)
+    write_letters(folder)
+    keys = {"mix_strategy": strategy, "preprocessing_num_workers": num_workers}
+    assert letters(folder, root, tiny_llama_dir, **keys) == expected.split()
+
+
+def test_blocks_are_laid_over_the_rows_as_they_are_mixed(
+    folder: Path, root: Path, tiny_llama_dir: Path
+) -> None:
+    write_letters(folder)
+    given = arguments(
+        folder, stage="pt", dataset="a,b", cutoff_len=7, mix_strategy="interleave_under"
+    )
+    ref = prepared.ensure(given, tiny_llama_dir, root=root)
+    text = "".join(texts_of(ref.path, tiny_llama_dir))
+    assert text == "".join(f"{row}<|im_end|>" for row in ["a0", "b0", "a1", "b1", "b2"])
+
+
+def test_rows_are_drawn_and_what_is_not_drawn_is_not_read(
+    folder: Path, root: Path, tiny_llama_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_letters(folder, num_samples=4)
+    with caplog.at_level("INFO", logger="llmray"):
+        found = letters(folder, root, tiny_llama_dir)
+    again = letters(folder, root, tiny_llama_dir, seed=7)
+    # 4 of a, of which one may be empty; b has 3 rows, so that one comes twice
+    of_b = [text for text in found if text.startswith("b")]
+    assert sorted(set(of_b)) == ["b0", "b1", "b2"]
+    assert len(of_b) == 4
+    assert len({text for text in found if text.startswith("a")}) == len(found) - 4 in (3, 4)
+    assert "2 rows not drawn; 1 rows drawn again" in caplog.messages[0]
+    assert found != again
+    assert letters(folder, root, tiny_llama_dir) == found
+    head = letters(folder, root, tiny_llama_dir, max_samples=2)
+    assert len(head) in (3, 4)
+    assert [text for text in head if text.startswith("b")] == of_b[:2]
+
+
+def test_a_wrong_row_that_is_not_drawn_spoils_nothing(
+    folder: Path, root: Path, tiny_llama_dir: Path
+) -> None:
+    write_letters(folder)
+    rows = [{"text": f"a{i}"} if i < 3 else 5 for i in range(6)]
+    (folder / "a.json").write_text(json.dumps(rows))
+    mixed = letters(folder, root, tiny_llama_dir, mix_strategy="interleave_under")
+    assert mixed == ["a0", "b0", "a1", "b1", "a2", "b2"]
+
+
+def test_no_row_is_both_trained_and_evaluated(
+    folder: Path, root: Path, tiny_llama_dir: Path
+) -> None:
+    """Though interleave_over draws those of b twice."""
+    write_letters(folder)
+    keys = {"mix_strategy": "interleave_over", "val_size": 3}
+    given = arguments(folder, stage="pt", dataset="a,b", packing=False, **keys)
+    path = prepared.ensure(given, tiny_llama_dir, root=root).path
+    train = texts_of(path, tiny_llama_dir)
+    held_out = texts_of(path, tiny_llama_dir, "eval")
+    assert not set(train) & set(held_out)
+    assert len(set(train) | set(held_out)) == 8
+    assert len(held_out) == len(set(held_out)) in (2, 3)
+
+
+def test_ids_that_come_twice_are_bad_rows(
+    folder: Path, root: Path, tiny_llama_dir: Path, small_shards: None
+) -> None:
+    rows = [{"instruction": "a", "output": "b", "id": i % 5} for i in range(7)]
+    rows.append({"instruction": "a", "output": "b"})
+    (folder / "other.json").write_text(json.dumps(rows))
+    info = {"other": {"file_name": "other.json", "columns": {"id": "id"}}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(DataError) as error:
+        prepared.ensure(arguments(folder, dataset="other"), tiny_llama_dir, root=root)
+    for word in ("row 6 (line 1): 'id' is 0, as in an earlier row", "row 7 (line 1): 'id' is 1"):
+        assert word in str(error.value)
+    given = arguments(folder, dataset="other", bad_rows="skip")
+    assert prepared.ensure(given, tiny_llama_dir, root=root).num_train == 6
 
 
 def test_ten_wrong_rows_are_said_at_once(
@@ -616,7 +751,8 @@ def test_a_token_that_the_tokenizer_lacks_and_unread_columns_are_said(
     folder: Path, root: Path, tiny_llama_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="llmray"):
-        prepared.ensure(arguments(folder, template="llama3"), tiny_llama_dir, root=root)
+        given = arguments(folder, template="llama3", cutoff_len=512)
+        prepared.ensure(given, tiny_llama_dir, root=root)
         prepared.ensure(arguments(folder, stage="pt"), tiny_llama_dir, root=root)
     said = "\n".join(caplog.messages)
     assert "template=llama3 ends responses with <|eot_id|>, which is no token" in said
@@ -634,19 +770,19 @@ def test_tokenized_path_is_the_place_and_is_only_taken_with_the_same_inputs(
         prepared.ensure(arguments(folder), tiny_llama_dir, root=root).path
     )
     assert prepared.ensure(arguments(folder, **keys), tiny_llama_dir, root=root) == ref
-    with pytest.raises(DataError, match="cutoff_len 64 there, 32 here"):
-        prepared.ensure(arguments(folder, **keys, cutoff_len=32), tiny_llama_dir, root=root)
+    with pytest.raises(DataError, match="cutoff_len 64 there, 60 here"):
+        prepared.ensure(arguments(folder, **keys, cutoff_len=60), tiny_llama_dir, root=root)
     with pytest.raises(DataError, match=r"sets .* there, .* here"):
         prepared.ensure(arguments(folder, **keys, dataset="other"), tiny_llama_dir, root=root)
-    anew = {**keys, "cutoff_len": 32, "overwrite_cache": True}
+    anew = {**keys, "cutoff_len": 60, "overwrite_cache": True}
     assert prepared.ensure(arguments(folder, **anew), tiny_llama_dir, root=root).key != ref.key
     (folder / "rows.jsonl").unlink()
-    same = {**keys, "cutoff_len": 32}
+    same = {**keys, "cutoff_len": 60}
     caplog.set_level("INFO", "llmray")
     found = prepared.ensure(arguments(folder, **same), tiny_llama_dir, root=root)
     assert found.path == str(place)
     assert "are not here, so only the settings and the tokenizer were compared" in caplog.text
-    with pytest.raises(DataError, match="cutoff_len 32 there, 64 here"):
+    with pytest.raises(DataError, match="cutoff_len 60 there, 64 here"):
         prepared.ensure(arguments(folder, **keys), tiny_llama_dir, root=root)
 
 

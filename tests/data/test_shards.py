@@ -16,8 +16,8 @@ ROWS = [
 
 @pytest.fixture
 def paths(tmp_path: Path) -> list[str]:
-    shards.write(tmp_path / "a.arrow", ROWS[:2])
-    shards.write(tmp_path / "b.arrow", ROWS[2:])
+    shards.write(tmp_path / "a.arrow", ROWS[:2], [0, 4])
+    shards.write(tmp_path / "b.arrow", ROWS[2:], [1])
     return [str(tmp_path / "a.arrow"), str(tmp_path / "b.arrow")]
 
 
@@ -39,7 +39,7 @@ def test_rows_come_back_over_shards(paths: list[str]) -> None:
 
 def test_tokens_that_are_learned_in_the_place_of_others_come_back(tmp_path: Path) -> None:
     rows = [ROWS[0], RowFeatures(np.array([5, 6, 7], np.int32), (1, 3), (), (2, 9))]
-    shards.write(tmp_path / "a.arrow", rows)
+    shards.write(tmp_path / "a.arrow", rows, [0, 1])
     table = SampleTable([str(tmp_path / "a.arrow")])
     assert [table[i].target_ids().tolist() for i in range(2)] == [[6, 7], [6, 9]]
     assert table[1].input_ids.tolist() == [5, 6, 7]
@@ -71,6 +71,22 @@ def test_blocks_hold_every_token_once(
         assert sample.target_mask.tolist() == [False] + [True] * count
 
 
+def test_the_order_of_a_table_may_leave_rows_out_and_repeat_others(paths: list[str]) -> None:
+    order = np.array([2, 0, 2], np.int64)
+    table = SampleTable(paths, order=order)
+    assert [table[i].input_ids.tolist() for i in range(3)] == [[4, 4], [5, 6, 7], [4, 4]]
+    assert table.lengths.tolist() == [2, 3, 2]
+    assert table.target_counts.tolist() == [1, 2, 1]
+    assert table.num_tokens == 7
+    blocks = SampleTable(paths, 3, order)
+    assert [blocks[i].input_ids.tolist() for i in range(3)] == [[4, 4, 5], [6, 7, 4], [4]]
+    assert blocks.num_tokens == 7
+
+
+def test_rows_keep_their_numbers(paths: list[str]) -> None:
+    assert [shards.row_numbers(Path(path)).tolist() for path in paths] == [[0, 4], [1]]
+
+
 def test_no_shards_are_no_rows() -> None:
     for block_len in (None, 4):
         assert len(SampleTable([], block_len)) == 0
@@ -78,6 +94,6 @@ def test_no_shards_are_no_rows() -> None:
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        shards.write(tmp_path / name, ROWS)
+        shards.write(tmp_path / name, ROWS, [0, 1, 2])
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
