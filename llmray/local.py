@@ -8,11 +8,7 @@ the third ends the process at once.
 from __future__ import annotations
 
 import os
-import signal
 from logging import getLogger
-from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from llmray import hub
 from llmray.arguments import environment
@@ -20,13 +16,12 @@ from llmray.arguments.run import RunArguments
 from llmray.data import access
 from llmray.errors import ArgumentsError
 from llmray.run import Context, RunResult, run
+from llmray.stop_signals import EXIT_CODES, StopSignals
 from llmray.train import checkpoint
 from llmray.train.observers import Console
 from llmray.train.parallel import World
 
 log = getLogger("llmray")
-
-EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 
 
 def train(arguments: RunArguments) -> int:
@@ -44,7 +39,7 @@ def train(arguments: RunArguments) -> int:
 
 def _train(arguments: RunArguments, run_dir: str, signals: StopSignals) -> RunResult:
     model_dir = hub.resolve(arguments.model.model_name_or_path, arguments.model)
-    ref = access.ready(arguments, model_dir, root=prepared_root())
+    ref = access.ready(arguments, model_dir, root=environment.prepared_directory(os.environ))
     world = World.from_environment(
         arguments.training.ddp_timeout, use_cpu=arguments.training.use_cpu
     )
@@ -66,37 +61,3 @@ def _train(arguments: RunArguments, run_dir: str, signals: StopSignals) -> RunRe
         return run(arguments, context)
     finally:
         world.close()
-
-
-def prepared_root() -> Path:
-    """Where prepared data sets of this machine lie."""
-    return environment.cache_directory(os.environ) / "prepared"
-
-
-class StopSignals:
-    """Turns SIGINT and SIGTERM inside the block into a reason that the loop asks for."""
-
-    def __init__(self) -> None:
-        self._seen: list[str] = []
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def reason(self) -> str | None:
-        """The name of the first signal that came, or None."""
-        return self._seen[0] if self._seen else None
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        self._seen.append(name)
-        if len(self._seen) == 1:
-            log.info("%s: saving at the next step border, then ending", name)
-        elif len(self._seen) > 2:
-            os._exit(EXIT_CODES[name])

@@ -27,15 +27,10 @@ BINS = 60
 LATELY = "%Y-%m-%d %H:%M"
 
 
-def root() -> Path:
-    """Where prepared data lies on this machine."""
-    return environment.cache_directory(os.environ) / "prepared"
-
-
 def prepare(arguments: RunArguments) -> prepared.PreparedRef:
     """The run's prepared data, built if it is not there, on this machine."""
     model_dir = hub.resolve(arguments.model.model_name_or_path, arguments.model)
-    return prepared.ensure(arguments, model_dir, root=root())
+    return prepared.ensure(arguments, model_dir, root=_root())
 
 
 def report(ref: prepared.PreparedRef, seconds: float) -> str:
@@ -115,7 +110,7 @@ class Kept:
 def kept() -> list[Kept]:
     """All prepared data in this machine's store, that used last first."""
     found = []
-    for path in store.list_committed(root()):
+    for path in store.list_committed(_root()):
         metadata = store.read_manifest(path).metadata
         if metadata.get("kind") == prepared.KIND:
             found.append(_kept(path, metadata))
@@ -136,14 +131,14 @@ def _kept(path: str, metadata: dict[str, Any]) -> Kept:
 def table(entries: Sequence[Kept]) -> str:
     """The store as a table of text."""
     if not entries:
-        return f"Nothing is kept in {root()}."
+        return f"Nothing is kept in {_root()}."
     lines = [f"{'key':<32}  {'size':>9}  {'rows':>9}  {'last used':<16}  sets"]
     for one in entries:
         used = time.strftime(LATELY, time.localtime(one.used))
         sets = ", ".join(one.sets)
         lines.append(f"{one.key:<32}  {_size(one.size):>9}  {one.rows:>9}  {used:<16}  {sets}")
     total = sum(one.size for one in entries)
-    return "\n".join([*lines, f"{len(entries)} kept in {root()}, {_size(total)}"])
+    return "\n".join([*lines, f"{len(entries)} kept in {_root()}, {_size(total)}"])
 
 
 def remove(keys: Sequence[str]) -> list[Kept]:
@@ -176,3 +171,7 @@ def _bytes(path: str) -> int:
 
 def _size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def _root() -> Path:
+    return environment.prepared_directory(os.environ)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmray import cli, local
+from llmray.arguments import environment
 from llmray.arguments.run import load
 from llmray.train.observers import read_log
 
@@ -144,7 +146,9 @@ def test_accuracy_is_that_of_the_logits(keys, tmp_path) -> None:
     output = train(keys, max_steps=..., do_train=False, do_eval=True, compute_accuracy=True)
     found = results(output)
     arguments = load({**keys, "do_train": False, "do_eval": True}, environ={})
-    ref = prepared.ensure(arguments, keys["model_name_or_path"], root=local.prepared_root())
+    ref = prepared.ensure(
+        arguments, keys["model_name_or_path"], root=environment.prepared_directory(os.environ)
+    )
     model = AutoModelForCausalLM.from_pretrained(keys["model_name_or_path"], dtype=torch.float32)
     right = total = 0
     for row in prepared.open(ref).eval["eval"]:

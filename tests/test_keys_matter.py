@@ -650,7 +650,7 @@ def trainer(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> tuple[Any, ...
     nodes = tuple(Node(name, f"127.0.0.{name}", cores) for name in "12")
     inventory = Inventory(nodes, {"CPU": 8.0})
     arguments = site.arguments({"resources_per_worker": {"CPU": 1}, **keys})
-    signals = train_job.StopSignals()
+    signals = train_job.DriverSignals()
     driver = train_job._Driver(arguments, f"{site.root}/ray", signals, None, False)
     patch.setattr(train_job, "_Trainer", lambda loop, **given: given)
     placement = place(arguments.cluster, inventory)

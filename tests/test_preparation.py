@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from llmray import cli, preparation
+from llmray.arguments import environment
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_kept_data_is_listed_and_removed(
     for cutoff_len in (32, 64):
         assert cli.main(["prepare", str(run_file), f"cutoff_len={cutoff_len}"]) == 0
     first, last = (one.key for one in reversed(preparation.kept()))
-    os.utime(Path(preparation.root(), last, "manifest.json"), (1e9, 1e9))
+    os.utime(Path(environment.prepared_directory(os.environ), last, "manifest.json"), (1e9, 1e9))
     assert cli.main(["prepare", str(run_file), "cutoff_len=64"]) == 0  # it is used again
     assert [one.key for one in preparation.kept()] == [last, first]
     capsys.readouterr()

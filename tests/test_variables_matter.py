@@ -18,7 +18,7 @@ import pytest
 import torch
 from tiny import make_tokenizer
 
-from llmray import cli, hub, launch, local
+from llmray import cli, hub, launch
 from llmray import run as runs
 from llmray.arguments import environment, paths
 from llmray.arguments.model import ModelArguments
@@ -76,7 +76,7 @@ def start_of_paths(look: Look) -> object:
 
 
 def cache(look: Look) -> object:
-    return local.prepared_root(), environment.cache_directory(os.environ)
+    return environment.prepared_directory(os.environ), environment.cache_directory(os.environ)
 
 
 def of_a_defect(look: Look) -> object:
@@ -323,7 +323,7 @@ def test_workers_of_ray_with_gpus_get_the_allocator(
     arguments = load(RUN | {"ray_num_workers": 1})
     resources = {"CPU": 8.0, "GPU": 1.0}
     inventory = Inventory((Node("1", "10.0.0.1", resources),), resources)
-    driver = train_job._Driver(arguments, "/runs/one", train_job.StopSignals(), None, False)
+    driver = train_job._Driver(arguments, "/runs/one", train_job.DriverSignals(), None, False)
     placement = place(arguments.cluster, inventory)
     given = driver._trainer(placement, inventory, None, {"A": "1"})
     variables = given["run_config"].worker_runtime_env["env_vars"]

@@ -156,6 +156,11 @@ def cache_directory(environ: Mapping[str, str]) -> Path:
     return named or Path.home() / ".cache" / "llmray"
 
 
+def prepared_directory(environ: Mapping[str, str]) -> Path:
+    """The folder of this machine's prepared data."""
+    return cache_directory(environ) / "prepared"
+
+
 def passed_on(environ: Mapping[str, str]) -> tuple[str, ...]:
     """The names in LLMRAY_PASS_ENV."""
     names = _text(environ, "LLMRAY_PASS_ENV") or ""

@@ -250,4 +250,4 @@ def ready_here(
 
 def prepared_root() -> Path:
     """Where prepared data sets lie on this machine."""
-    return environment.cache_directory(os.environ) / "prepared"
+    return environment.prepared_directory(os.environ)

@@ -8,14 +8,12 @@ What a worker does is in `worker`; nothing here trains.
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from logging import getLogger
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -38,6 +36,7 @@ from llmray.orchestration import cluster, prepare_job, worker
 from llmray.orchestration.failures import FailureRule, describe
 from llmray.orchestration.meeting import MeetingConfig
 from llmray.orchestration.plan import Inventory, Node, Placement, capacity, place
+from llmray.stop_signals import EXIT_CODES, StopSignals
 from llmray.train import checkpoint
 from llmray.train.observers import Console, Observer
 from llmray.train.parallel import backend
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
 
 log = getLogger("llmray")
 
-EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 COLLECT_EVERY_S = 0.5
 ABANDON_S = 10.0
 # Ray Train's own file in the run directory: it names checkpoints that rotation has removed since
@@ -72,7 +70,7 @@ def train(arguments: RunArguments, *, core: Callable[..., Any] | None = None) ->
     run_dir = run_directory(arguments)
     joined = cluster.connect(arguments.cluster)
     try:
-        with StopSignals() as signals:
+        with DriverSignals() as signals:
             log.info("%s", joined)
             if joined.is_ours:
                 os.environ.setdefault(PREEMPTION_ENV, "0")
@@ -132,7 +130,7 @@ class Stopped(BaseException):
         self.reason = reason
 
 
-class StopSignals:
+class DriverSignals(StopSignals):
     """SIGINT and SIGTERM of the driver, caught after ray.init, whose own handlers abort.
 
     While the data is prepared the first one interrupts at once; later it is a note that the driver
@@ -141,18 +139,8 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self.seen: list[str] = []
+        super().__init__()
         self._interrupts = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
@@ -172,11 +160,8 @@ class StopSignals:
         if self.seen:
             raise Stopped(self.seen[0])
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        self.seen.append(name)
-        if len(self.seen) > 2:
-            os._exit(EXIT_CODES[self.seen[0]])
+    def heard(self, name: str) -> None:
+        """Warn at the second signal; interrupt where that is safe."""
         if len(self.seen) == 2:
             log.warning("%s again: a third one ends at once, without saving", name)
         if self._interrupts:
@@ -207,7 +192,7 @@ class _TellsController(ControllerCallback):
 class _Driver:
     arguments: RunArguments
     run_dir: str
-    signals: StopSignals
+    signals: DriverSignals
     core: Callable[..., Any] | None
     is_ours: bool  # the cluster was started by this process, whose environment it has
 
