@@ -354,6 +354,18 @@ def test_wrong_rows_are_told_on_every_rank(
     assert "a.jsonl, row 21 (line 21)" in said[0]
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_wrong_rows_are_left_out_where_that_is_asked_for(
+    world_size: int, folder: Path, tiny_llama_dir: Path, all_rows: Callable
+) -> None:
+    expected = sorted(all_rows(folder))
+    with open(folder / "many" / "a.jsonl", "a") as file:
+        file.write('{"instruction": "no output"}\n')
+    keys = {"bad_rows": "skip", "per_device_train_batch_size": 6 // world_size}
+    made = steps(arguments(folder, **keys), tiny_llama_dir, world_size, 9)
+    assert sorted(row for step in made for row in rows_of(step)) == expected
+
+
 def test_a_file_that_is_no_json_is_told(folder: Path, tiny_llama_dir: Path) -> None:
     (folder / "list.json").write_text('[{"instruction": "a", "output": "b"}, {"instr')
     stream = access.open_stream(
