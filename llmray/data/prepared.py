@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmray import store
-from llmray.data import build, identity, packing, planning, sources, workers
+from llmray.data import build, identity, packing, planning, sources, summary, workers
 from llmray.data.build import ShardReport
 from llmray.data.features import FEATURES
 from llmray.data.packing import PackedTable
@@ -63,11 +63,6 @@ log = getLogger("llmray")
 
 KIND = "prepared data"
 BAD_ROWS = "bad_rows.jsonl"
-LEFT_OUT = {
-    "bad": "rows cannot be read and were left out",
-    "over_limit": "rows have more tokens than cutoff_len and were left out",
-    "without_target": "rows were left out, since within cutoff_len no response is left of them",
-}
 build_shard = build.build_shard
 
 # what of a description follows from the data sets' files
@@ -416,7 +411,7 @@ def _build(
     _refuse_wrong_rows(reports)
     commit(made, run_token=token)
     metadata = _metadata(target)
-    _report(metadata["counts"], arguments.data.truncation, time.perf_counter() - started)
+    summary.say(metadata["counts"], arguments.data.truncation, time.perf_counter() - started)
     if "packing" in metadata:
         rows = metadata["counts"]["train_rows"]
         log.info("data: %d rows packed into %s", rows, packing.described(metadata["packing"]))
@@ -439,29 +434,6 @@ def _refuse_wrong_rows(reports: Iterable[ShardReport]) -> None:
         if sum(len(report.problems) for report in wrong) >= build.MOST_PROBLEMS:
             break
     build.raise_problems(wrong)
-
-
-def _report(counts: Mapping[str, Any], truncation: str, seconds: float) -> None:
-    rows = {"train": counts["train_rows"], "evaluate": counts["eval_rows"]}
-    parts = [f"{number} rows to {verb} on" for verb, number in rows.items() if number]
-    parts.append(f"{counts['tokens']} tokens, {counts['targets']} of them targets")
-    parts.append(f"{counts['truncated']} rows cut to cutoff_len (truncation: {truncation})")
-    if counts["over_limit"]:
-        parts.append(f"{counts['over_limit']} rows over cutoff_len left out")
-    if counts["empty"]:
-        parts.append(f"{counts['empty']} empty rows left out")
-    if counts["bad"]:
-        parts.append(f"{counts['bad']} bad rows left out")
-    if counts["unused"]:
-        parts.append(f"{counts['unused']} rows not drawn")
-    if counts["repeated"]:
-        parts.append(f"{counts['repeated']} rows drawn again")
-    log.info("data prepared in %.1f s: %s", seconds, "; ".join(parts))
-    for count, said in LEFT_OUT.items():
-        if counts[count]:
-            log.warning(
-                "data: %d %s; the first is %s", counts[count], said, counts["firsts"][count]
-            )
 
 
 def _metadata(path: str) -> dict[str, Any]:
