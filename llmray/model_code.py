@@ -10,21 +10,40 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 
 from llmray.arguments import environment
+
+_is_optional = ContextVar("_is_optional", default=False)
 
 
 @contextmanager
 def optional_imports() -> Iterator[None]:
-    """Inside, transformers loads a model's code without asking for every package it names."""
+    """Inside, transformers loads a model's code without asking for every package it names.
+
+    Threads may be inside at the same time.
+    """
     if environment.imports_checked(os.environ):
         yield
         return
-    from transformers import dynamic_module_utils as loader
-
-    kept = loader.check_imports
-    loader.check_imports = loader.get_relative_imports  # what the check returns when it passes
+    _make_checks_optional()
+    token = _is_optional.set(True)
     try:
         yield
     finally:
-        loader.check_imports = kept
+        _is_optional.reset(token)
+
+
+@cache
+def _make_checks_optional() -> None:
+    """Let transformers' check pass inside of `optional_imports`, in whichever thread that is."""
+    from transformers import dynamic_module_utils as loader
+
+    check = loader.check_imports
+
+    def checked(filename: str | os.PathLike[str]) -> list[str]:
+        # what the check returns when it passes
+        return loader.get_relative_imports(filename) if _is_optional.get() else check(filename)
+
+    loader.check_imports = checked

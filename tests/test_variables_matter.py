@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from llmray.arguments.model import ModelArguments
 from llmray.arguments.run import load
 from llmray.errors import LlmrayError
 from llmray.model.load import load_config
+from llmray.model_code import optional_imports
 from llmray.train import parallel, trackers
 from llmray.train.loop import Progress
 
@@ -293,6 +295,21 @@ def test_missing_packages_of_model_code_are_named_when_asked_for(
     assert model_with_code(look) == "own"
     monkeypatch.setenv("FORCE_CHECK_IMPORTS", "1")
     assert "no_such_package_of_kernels" in str(model_with_code(look))
+
+
+def test_threads_that_load_at_the_same_time_leave_the_check_as_it_was(tmp_path: Path) -> None:
+    from transformers import dynamic_module_utils as loader
+
+    code = tmp_path / "own.py"
+    code.write_text(CODE)
+    first, second = optional_imports(), optional_imports()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(first.__enter__).result()
+        second.__enter__()
+        thread.submit(first.__exit__, None, None, None).result()
+    second.__exit__(None, None, None)
+    with pytest.raises(ImportError, match="no_such_package_of_kernels"):
+        loader.check_imports(str(code))
 
 
 def test_other_hubs_are_refused_by_name_and_folders_are_not(
