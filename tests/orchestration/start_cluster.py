@@ -29,7 +29,9 @@ def main() -> None:
         head_node_args={
             **options,
             "include_dashboard": has_dashboard,
-            "dashboard_port": free_port(),  # the usual one may be another head's
+            # the usual ones may be another cluster's
+            "dashboard_port": free_port(),
+            "dashboard_agent_listen_port": free_port(),
         },
     )
     for other in others:
