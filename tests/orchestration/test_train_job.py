@@ -165,7 +165,8 @@ def test_two_workers_predict_what_one_process_does_also_when_one_of_them_dies(
     assert run.finish() == 0, run.text
     assert "attempt 2" in run.text
     assert [record["current_steps"] for record in run.log() if "loss" in record] == [*range(1, 13)]
-    alone = launch("alone", address=None, use_ray=False, **keys, per_device_train_batch_size=4)
+    keys |= {"use_ray": False, "per_device_train_batch_size": 4}
+    alone = launch("predicted-alone", address=None, **keys)
     assert alone.finish() == 0, alone.text
     texts = [(one.output_dir / "generated_predictions.jsonl").read_text() for one in (run, alone)]
     assert texts[0] == texts[1]
