@@ -104,12 +104,12 @@ class Plan:
     @property
     def staging(self) -> str:
         """Where finished shards lie until all are."""
-        return staging_of(self.target)
+        return staging_of(self.target, self.key)
 
 
-def staging_of(target: str) -> str:
-    """Where the shards of prepared data lie until it is committed."""
-    return f"{target}.building"
+def staging_of(target: str, key: str) -> str:
+    """Where the shards of prepared data lie until it is committed; other data has another place."""
+    return f"{target}.building" if target.endswith(key) else f"{target}.{key}.building"
 
 
 def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:

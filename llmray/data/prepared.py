@@ -124,22 +124,24 @@ def ensure(
     """
     root, model_dir = Path(root), Path(model_dir)
     data = arguments.data
-    if data.tokenized_path and not data.overwrite_cache:
-        kept = _kept_at(data.tokenized_path, arguments, model_dir, root)
-        if kept is not None:
-            return kept
+    if data.tokenized_path:
+        _refuse_foreign(data.tokenized_path)
+        if not data.overwrite_cache and store.is_committed(data.tokenized_path):
+            return _kept_at(data.tokenized_path, arguments, model_dir, root)
     inputs = _inputs(arguments, model_dir, root)
     target = data.tokenized_path or str(root / inputs.key)
     token = run_token or _run_token()
-    if not data.overwrite_cache and store.is_committed(target):
+    if not data.overwrite_cache and not data.tokenized_path and store.is_committed(target):
         return _used(target)
     with _locked(Path(f"{target}.lock")):
         if store.is_committed(target) and not (
             data.overwrite_cache and _metadata(target)["run_token"] != token
         ):
+            if data.tokenized_path:  # whoever held the lock may have prepared other inputs
+                return _kept_at(target, arguments, model_dir, root)
             return _used(target)
         if data.overwrite_cache:
-            store.remove(planning.staging_of(target))
+            store.remove(planning.staging_of(target, inputs.key))
         _build(inputs, arguments, model_dir, target, token, build_shards)
     return _ref(target)
 
@@ -282,22 +284,24 @@ class _Inputs:
     key: str
 
 
-def _kept_at(
-    place: str, arguments: RunArguments, model_dir: Path, root: Path
-) -> PreparedRef | None:
-    """What lies at `tokenized_path`, if anything does; fails if it was made from other inputs."""
+def _refuse_foreign(place: str) -> None:
+    """Fail where `tokenized_path` cannot hold prepared data, or holds something else."""
     if store.is_uri(place):
         raise DataError(
             f"tokenized_path={place} is a URI, and prepared data is mapped into memory. Required: "
             "a directory of a file system, which may be a shared one."
         )
-    if not store.is_committed(place):
-        if os.path.isdir(place) and os.listdir(place):
-            raise DataError(
-                f"tokenized_path={place} holds files, and no data that llmray prepared. Required: "
-                "such data, or a place that is empty or not there. Choose another directory."
-            )
-        return None
+    if store.is_committed(place):
+        _metadata(place)
+    elif os.path.isdir(place) and os.listdir(place):
+        raise DataError(
+            f"tokenized_path={place} holds files, and no data that llmray prepared. Required: "
+            "such data, or a place that is empty or not there. Choose another directory."
+        )
+
+
+def _kept_at(place: str, arguments: RunArguments, model_dir: Path, root: Path) -> PreparedRef:
+    """What lies at `tokenized_path`; fails if it was made from other inputs."""
     theirs = dict(_metadata(place)["inputs"])
     if has_sources(arguments, root=root):
         ours = _inputs(arguments, model_dir, root).description

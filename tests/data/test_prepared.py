@@ -791,6 +791,10 @@ def test_tokenized_path_that_holds_something_else_is_refused(
 ) -> None:
     with pytest.raises(DataError, match="holds files, and no data that llmray prepared"):
         prepared.ensure(arguments(folder, tokenized_path=str(folder)), tiny_llama_dir, root=root)
+    anew = arguments(folder, tokenized_path=str(folder), overwrite_cache=True)
+    with pytest.raises(DataError, match="holds files, and no data that llmray prepared"):
+        prepared.ensure(anew, tiny_llama_dir, root=root)
+    assert (folder / "rows.jsonl").exists()
     with pytest.raises(DataError, match="is a URI, and prepared data is mapped into memory"):
         prepared.ensure(
             arguments(folder, tokenized_path="s3://bucket/tokens"), tiny_llama_dir, root=root
@@ -829,3 +833,21 @@ def test_packing_is_planned_once_and_committed_with_the_data(
     assert len(table.eval["eval"]) == 5, "rows to evaluate on are not packed"
     again = prepared.ensure(arguments(folder, **keys, neat_packing=True), model, root=root)
     assert again.path == ref.path != unpacked.path
+
+
+def test_shards_left_at_tokenized_path_by_other_inputs_are_not_taken(
+    folder: Path, root: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = {"tokenized_path": str(folder / "kept")}
+
+    def dies(*given: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepared, "commit", dies)
+        with pytest.raises(KeyboardInterrupt):
+            prepared.ensure(arguments(folder, **place), tiny_llama_dir, root=root)
+    [left] = folder.glob("kept.*.building")
+    assert list(left.glob("*.arrow"))
+    short = prepared.ensure(arguments(folder, **place, cutoff_len=60), tiny_llama_dir, root=root)
+    assert prepared.open(short).train.lengths.max() <= 60
