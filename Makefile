@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TIMES := $(VENV)/.times
 PYTEST := $(BIN)/python -m pytest -q
+PROCESSES ?= 2# of the unit tests; some start ranks of their own
 
 # Without byte code on disk every Ray process compiles its modules anew and the start times out.
 unexport PYTHONDONTWRITEBYTECODE
@@ -59,7 +60,7 @@ layers: $(STAMP) ## import-linter: who may import whom
 unit ray slow: export OMP_NUM_THREADS := 1
 
 unit: $(STAMP) ## fast tests: no network, no real model, no Ray
-	$(call tier,unit,$(PYTEST) -m "not ray and not slow")
+	$(call tier,unit,$(PYTEST) -n $(PROCESSES) --dist worksteal -m "not ray and not slow")
 
 ray: $(STAMP) ## tests on a local Ray cluster
 	$(call tier,ray,$(PYTEST) -m "ray and not slow")
