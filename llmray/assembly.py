@@ -143,7 +143,7 @@ def assemble(arguments: RunArguments, context: Context) -> Training:
     engine = Engine(
         model,
         trainable,
-        optimizers.build(model, trainable, arguments.optimizer),
+        optimizers.build(model, trainable, arguments.optimizer, arguments.finetuning),
         schedules.schedule(arguments.optimizer, pace.total_steps),
         world=world,
         precision=numbers,

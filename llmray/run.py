@@ -23,6 +23,7 @@ from llmray.data import prepared
 from llmray.data.prepared import PreparedRef
 from llmray.errors import CheckpointError
 from llmray.evaluation import evaluate_rows, predict_rows
+from llmray.model import tuning
 from llmray.train import checkpoint, device_memory
 from llmray.train.artefacts import Artefacts
 from llmray.train.loop import Loop, Outcome, Progress, fit
@@ -82,6 +83,8 @@ def _train(
         )
     training = assemble(arguments, context)
     core = training.core
+    if context.world.is_main:
+        files.write_json("trainable_parameters.json", tuning.status(core.engine.model.model))
     first_step = _resume(training)
     start = time.perf_counter() - started
     observers = _observers(core, files) if context.world.is_main else ()

@@ -249,6 +249,7 @@ VALIDATION = {"val_size": 0.25, "eval_strategy": "steps", "eval_steps": 2}
 PREDICTS = {"val_size": 0.25, "predict_with_generate": True, "max_new_tokens": 4}
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 NEVER_BETTER = {"metric_for_best_model": "loss", "greater_is_better": True}
+LORAPLUS = {"loraplus_lr_ratio": 2.0, "lora_target": "embed_tokens,q_proj"}
 ADAPTER = {"adapter_name_or_path": "@adapter", "lora_rank": 3}
 
 ROWS: dict[str, Row] = {
@@ -289,6 +290,11 @@ ROWS: dict[str, Row] = {
     "lora_rank": Row(2, 3, tensors),
     "lora_target": Row("all", "q_proj", tensors),
     "use_rslora": Row(False, True, weights),
+    "use_dora": Row(False, True, tensors),
+    "loraplus_lr_ratio": Row(1.0, 16.0, keys={"max_grad_norm": 0.0}),
+    "loraplus_lr_embedding": Row(1e-3, 1e-2, weights, LORAPLUS),
+    "lora_rank_pattern": Row(..., {"q_proj": 4}, tensors),
+    "lora_alpha_pattern": Row(..., {"q_proj": 64}, weights),
     "freeze_trainable_layers": Row(1, -1, weights, FREEZE),
     "freeze_trainable_modules": Row("all", "mlp", weights, FREEZE),
     "freeze_extra_modules": Row(..., "embed_tokens", weights, FREEZE),

@@ -56,8 +56,6 @@ NOT_BUILT: dict[str, Gap] = {
         "oft_target",
         "module_dropout",
     ),
-    **_family(f"LoRA+ is not built yet. {_REMOVE}", "loraplus_lr_ratio", "loraplus_lr_embedding"),
-    "use_dora": Gap(f"DoRA is not built yet. {_REMOVE}"),
     **_family(f"PiSSA is not built yet. {_REMOVE}", "pissa_init", "pissa_iter", "pissa_convert"),
     "use_llama_pro": Gap(f"Training of added blocks is not built yet. {_REMOVE}"),
     **_family(
@@ -404,12 +402,6 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
         ("load_best_model_at_end", "save_only_model"),
         lambda flat: flat["load_best_model_at_end"] and flat["save_only_model"],
         "Weights that were saved alone are not restored within a run yet. Remove save_only_model.",
-    ),
-    Combination(
-        ("adapter_name_or_path", "finetuning_type"),
-        lambda flat: bool(flat["adapter_name_or_path"]) and flat["finetuning_type"] != "lora",
-        "Other training on top of an adapter is not built yet. Use finetuning_type: lora, or merge "
-        "the adapter first.",
     ),
     Combination(
         ("adapter_name_or_path", "quantization_bit"),

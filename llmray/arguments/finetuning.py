@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from llmray.arguments.group import Field, Float, Group, Int, Names, NamesOrFlag
+from llmray.arguments.group import Field, Float, Group, Int, Names, NamesOrFlag, Object
 
 Stage = Literal["pt", "sft", "rm", "ppo", "dpo", "kto"]
 FinetuningType = Literal["full", "freeze", "lora", "oft"]
@@ -37,9 +37,19 @@ class LoraArguments(Group):
         0.0, ge=0, lt=1, description="Share of the adapter's inputs dropped in training."
     )
     lora_rank: Int = Field(8, ge=1, description="Rank of the adapter's two matrices.")
+    lora_rank_pattern: Object | None = Field(
+        None,
+        description="Ranks of single modules, by name or regular expression: {q_proj: 16}.",
+    )
+    lora_alpha_pattern: Object | None = Field(
+        None,
+        description="Alphas of single modules, as lora_rank_pattern. Not given, nor lora_alpha: "
+        "twice their rank.",
+    )
     lora_target: Names = Field(
         ("all",),
-        description="Modules that get an adapter; all for every linear layer but the head.",
+        description="Modules that get an adapter: names, regular expressions for whole names, or "
+        "all for every linear layer but the head. Experts' joint matrices are named like modules.",
     )
     loraplus_lr_ratio: Float | None = Field(
         None, gt=0, description="LoRA+: learning rate of B over that of A. Not given: no LoRA+."

@@ -91,6 +91,8 @@ def lora_only(arguments: RunArguments) -> Iterator[Problem]:
         "use_rslora": tuning.use_rslora,
         "use_dora": tuning.use_dora,
         "pissa_init": tuning.pissa_init,
+        "lora_rank_pattern": bool(tuning.lora_rank_pattern),
+        "lora_alpha_pattern": bool(tuning.lora_alpha_pattern),
     }
     for key, is_asked in asked.items():
         if is_asked and tuning.finetuning_type != "lora":
@@ -100,6 +102,45 @@ def lora_only(arguments: RunArguments) -> Iterator[Problem]:
                 f"finetuning_type={tuning.finetuning_type}: it is a kind of LoRA. "
                 f"Write finetuning_type: lora, or remove {key}.",
             )
+
+
+def parts_of_a_variant(arguments: RunArguments) -> Iterator[Problem]:
+    """Settings of a variant of LoRA need the variant."""
+    tuning = arguments.finetuning
+    parts = {
+        "loraplus_lr_embedding": ("loraplus_lr_ratio", tuning.loraplus_lr_ratio is not None),
+        "pissa_iter": ("pissa_init", tuning.pissa_init),
+        "pissa_convert": ("pissa_init", tuning.pissa_init),
+    }
+    for key, (whole, is_asked) in parts.items():
+        value = getattr(tuning, key)
+        if not is_asked and value != type(tuning).model_fields[key].default:
+            yield Problem(
+                (key, whole),
+                f"{given(key, value)} without {whole}: it is a part of that. Write {whole}, or "
+                f"remove {key}.",
+            )
+
+
+def converted_is_linear(arguments: RunArguments) -> Iterator[Problem]:
+    """The difference of two adapters is an adapter; with magnitudes trained apart it is not."""
+    if arguments.finetuning.pissa_convert and arguments.finetuning.use_dora:
+        yield Problem(
+            ("pissa_convert", "use_dora"),
+            "pissa_convert=true with use_dora=true: an adapter with magnitudes of its own cannot "
+            "be converted. Remove one of them.",
+        )
+
+
+def patterns_are_numbers(arguments: RunArguments) -> Iterator[Problem]:
+    """Ranks and alphas by module are whole numbers from 1 on."""
+    for key in ("lora_rank_pattern", "lora_alpha_pattern"):
+        for name, value in (getattr(arguments.finetuning, key) or {}).items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                yield Problem(
+                    (key,),
+                    f"{key}: {name} is {value!r}. A whole number from 1 on is required.",
+                )
 
 
 def added_blocks_are_some_layers(arguments: RunArguments) -> Iterator[Problem]:
@@ -212,6 +253,9 @@ METHOD_RULES: tuple[Rule, ...] = (
     galore_wraps_adam,
     layerwise_updates_at_once,
     lora_only,
+    parts_of_a_variant,
+    converted_is_linear,
+    patterns_are_numbers,
     added_blocks_are_some_layers,
     low_bit_weights_do_not_train,
     one_low_bit_format,

@@ -1,6 +1,7 @@
 """Low-rank adapters through peft: make a new one, load the last one to train on, merge others.
 
-https://arxiv.org/abs/2106.09685, rank-stabilised: https://arxiv.org/abs/2312.03732.
+https://arxiv.org/abs/2106.09685, rank-stabilised: https://arxiv.org/abs/2312.03732, with magnitude
+and direction apart (DoRA): https://arxiv.org/abs/2402.09353.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmray import hub
+from llmray.arguments.finetuning import FinetuningArguments
 from llmray.arguments.model import ModelArguments
+from llmray.arguments.problems import given
 from llmray.arguments.run import RunArguments
 from llmray.errors import ArgumentsError, ModelError
-from llmray.model.layers import linear_modules, nearest
+from llmray.model import targets
+from llmray.model.layers import linear_modules
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,26 +33,34 @@ log = getLogger("llmray")
 
 
 def create(model: PreTrainedModel, arguments: RunArguments) -> PeftModel:
-    """`model` with a new adapter that trains; it changes nothing yet, its B matrices are zero.
+    """`model` with a new adapter that trains; it changes nothing yet.
 
     The adapter's random half depends on the run's seed alone.
 
     Raises:
-        ArgumentsError: if lora_target or additional_target name a module that is not there.
+        ArgumentsError: if lora_target, additional_target or a pattern name a module that is not
+            there, or a matrix of experts is to get what it cannot.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
     settings = arguments.finetuning
-    targets = _targets(model, settings.lora_target)
+    found = targets.find(model, settings.lora_target)
+    if found.parameters:
+        _require_plain(settings, found.parameters)
     whole = _whole_modules(model, settings.additional_target)
+    ranks, alphas = _patterns(model, settings)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
         lora_dropout=settings.lora_dropout,
         use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear_modules(model).values()),
-        target_modules=targets,
+        target_modules=found.modules,
+        target_parameters=found.parameters or None,
         modules_to_save=list(whole) or None,
         ensure_weight_tying=_would_untie(model, whole),
     )
@@ -87,7 +99,9 @@ def merge(
         ModelError: as `resume`.
     """
     for name in names:
-        merged = _load(model, name, model_args, is_trainable=False).merge_and_unload()
+        tuned = _load(model, name, model_args, is_trainable=False)
+        _untie(tuned)
+        merged = tuned.merge_and_unload()
         merged.requires_grad_(False)
         log.info("merged adapter %s", name)
         model = merged
@@ -118,43 +132,39 @@ def _load(
         ) from error
 
 
-def _targets(model: PreTrainedModel, names: tuple[str, ...]) -> list[str]:
-    linear = linear_modules(model)
-    head = model.get_output_embeddings()
-    heads = {name for name, module in model.named_modules() if module is head}
-    if "all" not in names:
-        _require_modules("lora_target", names, {*linear, *heads})
-        return list(names)
-    short = {name.rpartition(".")[2] for name in linear}
-    if short & {name.rpartition(".")[2] for name in heads}:
-        return sorted(linear)  # a last part alone would reach the head too
-    experts = [p for p in model.parameters() if p.dim() == 3]
-    if experts:
-        share = sum(p.numel() for p in experts) / sum(p.numel() for p in model.parameters())
-        log.info(
-            "lora_target all: the experts' joint matrices (%.0f %% of the weights) are no linear "
-            "modules and get no adapter",
-            100 * share,
-        )
-    return sorted(short)
+def _require_plain(settings: FinetuningArguments, parameters: list[str]) -> None:
+    """Experts' matrices take the plain form alone: their adapter is added to the weight itself."""
+    asked = {
+        "lora_dropout": settings.lora_dropout,
+        "use_dora": settings.use_dora,
+        "pissa_init": settings.pissa_init,
+    }
+    for key, value in asked.items():
+        if value:
+            raise ArgumentsError(
+                f"{given(key, value)} with lora_target {parameters[0]}: joint matrices of experts "
+                f"take neither dropout nor DoRA nor PiSSA. Remove {key}, or name linear modules "
+                "alone."
+            )
+
+
+def _patterns(
+    model: PreTrainedModel, settings: FinetuningArguments
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Ranks and alphas by name; where no alpha is given at all, it is twice each rank."""
+    known = {name for name, _ in model.named_modules()} | set(targets.expert_parameters(model))
+    ranks, alphas = settings.lora_rank_pattern or {}, settings.lora_alpha_pattern or {}
+    targets.require_modules("lora_rank_pattern", ranks, known)
+    targets.require_modules("lora_alpha_pattern", alphas, known)
+    if settings.lora_alpha is None:
+        alphas = {**{name: 2 * rank for name, rank in ranks.items()}, **alphas}
+    return dict(ranks), dict(alphas)
 
 
 def _whole_modules(model: PreTrainedModel, names: tuple[str, ...]) -> tuple[str, ...]:
     known = {name for name, module in model.named_modules() if name and list(module.parameters())}
-    _require_modules("additional_target", names, known)
+    targets.require_modules("additional_target", names, known)
     return names
-
-
-def _require_modules(key: str, names: tuple[str, ...], known: set[str]) -> None:
-    """Each name must be a module's whole name or its last parts, as peft matches them."""
-    short = {name.rpartition(".")[2] for name in known}
-    for name in names:
-        if not any(full == name or full.endswith(f".{name}") for full in known):
-            listed = ", ".join(sorted(part for part in short if not part.isdecimal()))
-            raise ArgumentsError(
-                f"{key}={name}: the model has no such module.{nearest(name, short)} Name some of "
-                f"{listed}."
-            )
 
 
 def _would_untie(model: PreTrainedModel, whole: tuple[str, ...]) -> bool:
@@ -168,9 +178,29 @@ def _would_untie(model: PreTrainedModel, whole: tuple[str, ...]) -> bool:
     )
 
 
+def _untie(tuned: PeftModel) -> None:
+    """Give the head a matrix of its own where it, or the embedding, has an adapter of its own.
+
+    Merged into one matrix, the adapter of one would change the other.
+    """
+    base = tuned.get_base_model()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    has_own = [hasattr(module, "base_layer") for module in (embedding, head)]
+    if not any(has_own):
+        return
+    source = embedding.base_layer if has_own[0] else embedding
+    layer = head.base_layer if has_own[1] else head
+    if layer.weight is not source.weight:
+        return
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    base.config.get_text_config().tie_word_embeddings = False
+    base.config.tie_word_embeddings = False
+
+
 @contextmanager
 def _no_advice() -> Iterator[None]:
-    """Inside, peft's use of names that transformers is about to rename is not the user's news."""
+    """Inside, peft is silent on names that transformers renames, and on weights that are tied."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
         yield

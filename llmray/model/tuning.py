@@ -6,6 +6,7 @@ libraries of adapters are imported only where one is used.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from logging import getLogger
 from typing import Any
@@ -50,7 +51,7 @@ def apply(
     if upcast:
         for parameter in found.values():
             parameter.data = parameter.data.float()
-    _report(tuned, found, is_detailed=arguments.model.print_param_status)
+    _report(tuned, is_detailed=arguments.model.print_param_status)
     return tuned
 
 
@@ -59,7 +60,27 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def status(model: nn.Module) -> dict[str, Any]:
+    """Which parameters train: counts, share, counts by dtype, and each one's shape and dtype."""
+    found, dtypes = trainable(model), {"trains": Counter[str](), "frozen": Counter[str]()}
+    for parameter in model.parameters():
+        kind = "trains" if parameter.requires_grad else "frozen"
+        dtypes[kind][_name(parameter.dtype)] += parameter.numel()
+    count, total = dtypes["trains"].total(), sum(n.total() for n in dtypes.values())
+    return {
+        "trainable": count,
+        "total": total,
+        "share": count / max(1, total),
+        "trainable_by_dtype": dict(dtypes["trains"]),
+        "frozen_by_dtype": dict(dtypes["frozen"]),
+        "parameters": {
+            name: {"shape": list(p.shape), "dtype": _name(p.dtype)} for name, p in found.items()
+        },
+    }
+
+
 def _full(model: PreTrainedModel, arguments: RunArguments) -> nn.Module:
+    model = adapters.merge(model, arguments.model.adapter_name_or_path, arguments.model)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
@@ -67,6 +88,7 @@ def _full(model: PreTrainedModel, arguments: RunArguments) -> nn.Module:
 
 
 def _freeze(model: PreTrainedModel, arguments: RunArguments) -> nn.Module:
+    model = adapters.merge(model, arguments.model.adapter_name_or_path, arguments.model)
     settings = arguments.finetuning
     prefix, layers = decoder_layers(model)
     number = settings.freeze_trainable_layers
@@ -129,22 +151,20 @@ def _require_known(key: str, names: tuple[str, ...], known: set[str]) -> None:
             )
 
 
-def _report(model: nn.Module, found: dict[str, nn.Parameter], *, is_detailed: bool) -> None:
+def _report(model: nn.Module, *, is_detailed: bool) -> None:
     if is_detailed:
         for name, p in model.named_parameters():
             state = "trains" if p.requires_grad else "frozen"
             log.info("%s %s %s %s %s", name, tuple(p.shape), _name(p.dtype), p.device, state)
-    count = sum(p.numel() for p in found.values())
-    total = sum(p.numel() for p in model.parameters())
-    kinds = ", ".join(sorted({_name(p.dtype) for p in found.values()}))
-    frozen = sorted({_name(p.dtype) for p in model.parameters() if not p.requires_grad})
+    told = status(model)
+    frozen = sorted(told["frozen_by_dtype"])
     rest = f"; the rest is {', '.join(frozen)}" if frozen else ""
     log.info(
         "%s of %s parameters train (%.2f %%), in %s%s",
-        f"{count:,}",
-        f"{total:,}",
-        100 * count / total,
-        kinds,
+        f"{told['trainable']:,}",
+        f"{told['total']:,}",
+        100 * told["share"],
+        ", ".join(sorted(told["trainable_by_dtype"])),
         rest,
     )
 

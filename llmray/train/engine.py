@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,10 +41,14 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class OptimOutput:
-    """One update: the gradient's norm before clipping, and the learning rate that was applied."""
+    """One update: the gradient's norm before clipping, and the learning rates that were applied.
+
+    `other_rates` are those of the optimizer's named groups, which have rates of their own.
+    """
 
     grad_norm: Tensor  # scalar
     learning_rate: float
+    other_rates: dict[str, float] = field(default_factory=dict)
 
 
 class Engine:
@@ -135,7 +139,8 @@ class Engine:
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return OptimOutput(norm, rate)
+        named = {g["name"]: g["lr"] for g in self._optimizer.param_groups if "name" in g}
+        return OptimOutput(norm, rate, named)
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, *, top1: bool = False) -> TokenOutput:
@@ -225,7 +230,7 @@ class Engine:
         factor = self.schedule(self.step)
         for group, base in zip(self._optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = base * factor
-        return float(self._base_rates[0] * factor)
+        return float(self._optimizer.defaults["lr"] * factor)
 
     def _reduces(self, is_last: bool) -> AbstractContextManager[object]:
         if is_last or not isinstance(self._wrapped, nn.parallel.DistributedDataParallel):

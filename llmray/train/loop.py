@@ -35,6 +35,7 @@ class StepResult:
     work: Work = field(default_factory=Work)  # of this rank
     num_positions: int = 0  # tokens of this rank, padding counted
     data_seconds: float = 0.0  # waited for the rows
+    other_rates: dict[str, float] = field(default_factory=dict)  # of parameters with their own
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,7 @@ class _Window:
             "loss": progress.loss_sum / steps,
             "grad_norm": self.last.grad_norm.item(),
             "lr": self.last.learning_rate,
+            **{f"lr_{name}": rate for name, rate in self.last.other_rates.items()},
             "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
         }
         record |= {name: value / steps for name, value in progress.metric_sums.items()}

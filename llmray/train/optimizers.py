@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmray.arguments.finetuning import FinetuningArguments
 from llmray.arguments.optimizer import OptimizerArguments
 from llmray.arguments.settings import optimizer_settings
 
@@ -61,29 +62,59 @@ OPTIMIZERS: dict[str, Callable[[Groups, OptimizerArguments], torch.optim.Optimiz
 
 
 def parameter_groups(
-    model: nn.Module, trainable: Mapping[str, nn.Parameter], weight_decay: float
+    model: nn.Module,
+    trainable: Mapping[str, nn.Parameter],
+    arguments: OptimizerArguments,
+    tuning: FinetuningArguments,
 ) -> Groups:
-    """Two groups: parameters that decay, and norms and biases, which do not."""
+    """Groups by learning rate and by whether they decay; norms and biases do not.
+
+    With LoRA+ (https://arxiv.org/abs/2402.12354) the B matrices, and adapters of embeddings, have
+    rates of their own; these groups have a `name`. Other groups come first.
+    """
     norms = {
         f"{name}.{own}"
         for name, module in model.named_modules()
         if "norm" in type(module).__name__.lower()
         for own, _ in module.named_parameters(recurse=False)
     }
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for kind, rate in _rates(arguments, tuning).items():
+        named = {"name": kind, "lr": rate} if kind else {}
+        for decays in (True, False):
+            decay = arguments.weight_decay if decays else 0.0
+            groups[kind, decays] = {"params": [], "weight_decay": decay, **named}
+    for name, parameter in trainable.items():
+        decays = name not in norms and name.rsplit(".", 1)[-1] != "bias"
+        kind = _kind(name) if tuning.loraplus_lr_ratio is not None else ""
+        groups[kind, decays]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
 
-    def decays(name: str) -> bool:
-        return name not in norms and name.rsplit(".", 1)[-1] != "bias"
 
-    groups = [
-        {"params": [p for n, p in trainable.items() if decays(n)], "weight_decay": weight_decay},
-        {"params": [p for n, p in trainable.items() if not decays(n)], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def _rates(arguments: OptimizerArguments, tuning: FinetuningArguments) -> dict[str, float]:
+    """The learning rate of each kind of parameter; the kind without a name has the run's own."""
+    rate = arguments.learning_rate
+    if tuning.loraplus_lr_ratio is None:
+        return {"": rate}
+    return {
+        "": rate,
+        "lora_B": rate * tuning.loraplus_lr_ratio,
+        "embedding": tuning.loraplus_lr_embedding,
+    }
+
+
+def _kind(name: str) -> str:
+    if ".lora_embedding_" in name:
+        return "embedding"
+    return "lora_B" if ".lora_B." in name else ""
 
 
 def build(
-    model: nn.Module, trainable: Mapping[str, nn.Parameter], arguments: OptimizerArguments
+    model: nn.Module,
+    trainable: Mapping[str, nn.Parameter],
+    arguments: OptimizerArguments,
+    tuning: FinetuningArguments | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer that `optim` names, over `trainable` (names as in `model`)."""
-    groups = parameter_groups(model, trainable, arguments.weight_decay)
+    groups = parameter_groups(model, trainable, arguments, tuning or FinetuningArguments())
     return OPTIMIZERS[arguments.optim](groups, arguments)

@@ -37,6 +37,7 @@ class SupervisedStep:
             loss=done.loss,
             grad_norm=update.grad_norm,
             learning_rate=update.learning_rate,
+            other_rates=update.other_rates,
             num_tokens=done.num_tokens,
             metrics=done.metrics,
             work=self.reader.work(step),

@@ -27,6 +27,7 @@ tokenized_path data_shared_file_system
 mix_strategy interleave_probs
 default_system template tool_format enable_thinking preserve_thinking
 additional_target lora_alpha lora_dropout lora_rank lora_target use_rslora create_new_adapter
+loraplus_lr_ratio loraplus_lr_embedding use_dora lora_rank_pattern lora_alpha_pattern
 freeze_trainable_layers freeze_trainable_modules freeze_extra_modules pure_bf16 disable_shuffling
 plot_loss
 report_to logging_dir run_name project use_swanlab swanlab_project swanlab_workspace
@@ -137,7 +138,7 @@ def test_documented_keys_of_output_training_and_validation_work():
 
 
 def test_keys_that_lack_the_same_are_one_problem():
-    flat = DEFAULTS | {"use_galore": True, "galore_rank": 4, "use_dora": True}
+    flat = DEFAULTS | {"use_galore": True, "galore_rank": 4, "use_dft_loss": True}
     texts = [problem.text for problem in gaps(flat, DEFAULTS)]
     assert len(texts) == 2
     assert any(text.startswith("use_galore=true, galore_rank=4: ") for text in texts)
@@ -147,10 +148,6 @@ COMBINED = {
     ("load_best_model_at_end", "save_only_model"): {
         "load_best_model_at_end": True,
         "save_only_model": True,
-    },
-    ("adapter_name_or_path", "finetuning_type"): {
-        "adapter_name_or_path": ("a",),
-        "finetuning_type": "full",
     },
     ("adapter_name_or_path", "quantization_bit"): {
         "adapter_name_or_path": ("a", "b"),
@@ -190,7 +187,6 @@ def test_combinations(combination):
     assert combination.sentence.endswith(".")
 
 
-def test_an_adapter_goes_on_as_an_adapter():
-    load(BASE | {"adapter_name_or_path": "a"}, environ={})
-    with pytest.raises(ArgumentsError, match=r"adapter_name_or_path=.* with finetuning_type=full"):
-        load(BASE | {"adapter_name_or_path": "a", "finetuning_type": "full"}, environ={})
+@pytest.mark.parametrize("kind", ["lora", "full", "freeze"])
+def test_training_may_start_from_an_adapter(kind):
+    load(BASE | {"adapter_name_or_path": "a", "finetuning_type": kind}, environ={})

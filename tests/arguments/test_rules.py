@@ -105,9 +105,28 @@ CASES = {
             "use_rslora": True,
             "use_dora": True,
             "pissa_init": True,
+            "lora_rank_pattern": {"q_proj": 2},
+            "lora_alpha_pattern": {"q_proj": 2},
         }.items()
     ]
     + [({"pissa_init": True, "finetuning_type": "oft"}, {"pissa_init": False}, "oft")],
+    "parts_of_a_variant": [
+        ({"loraplus_lr_embedding": 0.1}, {"loraplus_lr_ratio": 16}, "without loraplus_lr_ratio"),
+        ({"pissa_iter": 4}, {"pissa_init": True}, "pissa_iter=4 without pissa_init"),
+        ({"pissa_convert": True}, {"pissa_convert": False}, "pissa_convert=true without"),
+    ],
+    "converted_is_linear": [
+        (
+            {"pissa_init": True, "pissa_convert": True, "use_dora": True},
+            {"use_dora": False},
+            "magnitudes",
+        )
+    ],
+    "patterns_are_numbers": [
+        ({key: {"q_proj": bad}}, {key: {"q_proj": 1}}, f"{key}: q_proj is {bad!r}")
+        for key in ("lora_rank_pattern", "lora_alpha_pattern")
+        for bad in (0, 1.5, "many", True)
+    ],
     "added_blocks_are_some_layers": [
         (
             {"use_llama_pro": True, "finetuning_type": "full"},

@@ -6,21 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from layouts import make_rows
-from tiny import build_model, make_tokenizer
+from tiny import build_model
+from tuned import logprobs, saved, shake, tuned
 
-from llmray.arguments.run import load
 from llmray.errors import ArgumentsError, ModelError
-from llmray.model import export, tuning
+from llmray.model import tuning
 from llmray.model.head import TokenModel
 
-KEYS = {
-    "stage": "sft",
-    "do_train": True,
-    "dataset": "identity",
-    "template": "chatml",
-    "output_dir": "out",
-    "model_name_or_path": "some/model",
-}
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 PER_LAYER = [
     *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
@@ -28,29 +20,6 @@ PER_LAYER = [
     "input_layernorm.weight",
     "post_attention_layernorm.weight",
 ]
-
-
-def tuned(model=None, *, upcast=True, is_trainable=True, **keys):
-    model = build_model(amplify=2.0) if model is None else model
-    return tuning.apply(model, load({**KEYS, **keys}), is_trainable=is_trainable, upcast=upcast)
-
-
-def logprobs(model):
-    with torch.no_grad():
-        return TokenModel(model.eval(), flat=True)(make_rows().flat).logprobs
-
-
-def shake(model, seed=1):
-    """Give the trainable parameters random values, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in tuning.trainable(model).values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def saved(model, directory: Path) -> str:
-    export.write_weights(model, directory, make_tokenizer(directory))
-    return str(directory)
 
 
 def test_full_trains_everything_in_float32():
@@ -148,6 +117,7 @@ def test_names_that_the_model_does_not_have_are_told_with_the_nearest(keys, mess
         ("llama", "all", LINEAR),
         ("llama", "q_proj,v_proj", {"q_proj", "v_proj"}),
         ("llama", "all,q_proj", LINEAR),
+        ("llama", r".*\.(q|k)_proj", {"q_proj", "k_proj"}),
         ("gpt2", "all", {"c_attn", "c_proj", "c_fc"}),
         ("phi3", "all", {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
     ],

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from llmray.arguments.finetuning import FinetuningArguments
 from llmray.arguments.optimizer import OptimizerArguments
 from llmray.arguments.settings import OPTIMIZER_SETTINGS
 from llmray.train.optimizers import OPTIMIZERS, build
@@ -33,6 +34,44 @@ def test_norms_and_biases_do_not_decay():
         "norm.weight": 0.0,
         "norm.bias": 0.0,
     }
+
+
+class Adapter(nn.Module):
+    """Names as peft gives them."""
+
+    def __init__(self):
+        super().__init__()
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(3, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, 3, bias=False)})
+        self.lora_embedding_A = nn.ParameterDict({"default": nn.Parameter(torch.ones(2, 3))})
+        self.lora_embedding_B = nn.ParameterDict({"default": nn.Parameter(torch.ones(3, 2))})
+        self.norm = nn.LayerNorm(3)
+
+
+def test_lora_plus_gives_b_and_embeddings_rates_of_their_own():
+    model = nn.ModuleDict({"layer": Adapter()})
+    trainable = dict(model.named_parameters())
+    tuning = FinetuningArguments(loraplus_lr_ratio=16, loraplus_lr_embedding=1e-5)
+    for name in ("adamw_torch", "adafactor", "sgd"):
+        keys = arguments(learning_rate=0.01, weight_decay=0.1, optim=name)
+        groups = build(model, trainable, keys, tuning).param_groups
+        names = {id(p): n for n, p in trainable.items()}
+        found = {
+            names[id(p)]: (g["lr"], g["weight_decay"], g.get("name", ""))
+            for g in groups
+            for p in g["params"]
+        }
+        assert found == {
+            "layer.lora_A.default.weight": (0.01, 0.1, ""),
+            "layer.lora_B.default.weight": (0.01 * 16, 0.1, "lora_B"),
+            "layer.lora_embedding_A.default": (1e-5, 0.1, "embedding"),
+            "layer.lora_embedding_B.default": (1e-5, 0.1, "embedding"),
+            "layer.norm.weight": (0.01, 0.0, ""),
+            "layer.norm.bias": (0.01, 0.0, ""),
+        }
+        assert "name" not in groups[0]
+        plain = build(model, trainable, keys).param_groups
+        assert {group["lr"] for group in plain} == {0.01}
 
 
 def test_one_adamw_update_by_hand():
