@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from llmray import hub
 from llmray.arguments.best import best_metric, compares_evaluations
@@ -23,9 +24,9 @@ from llmray.data import prepared
 from llmray.data.access import StreamRef
 from llmray.data.prepared import PreparedRef, Table
 from llmray.data.tokenizer import load_tokenizer
-from llmray.model import export, load, memory, tuning
+from llmray.model import export, kernels, load, memory, tuning, upcast
 from llmray.model.attention import why_not_flat
-from llmray.model.head import TokenModel
+from llmray.model.head import TokenModel, set_balance
 from llmray.train import optimizers, precision, schedules
 from llmray.train.engine import Engine
 from llmray.train.feed import StreamReader, open_feed
@@ -134,6 +135,7 @@ def assemble(arguments: RunArguments, context: Context) -> Training:
     world, options = context.world, arguments.training
     seed_everything(options.seed)
     numbers = precision.choose(arguments, world.device)
+    kernels.require_gradients(arguments.model.flash_attn, world.device)
     feed = open_feed(arguments, context.prepared, context.model_dir, world)
     pace = cadence(options, feed.steps_per_epoch)
     recomputes = _needs_checkpointing(arguments, context, feed.lengths)
@@ -166,7 +168,7 @@ def assemble(arguments: RunArguments, context: Context) -> Training:
 def assemble_evaluation(arguments: RunArguments, context: Context) -> Core:
     """The parts of a run that does not train; adapters are merged into the model."""
     seed_everything(arguments.training.seed)
-    numbers = precision.choose(arguments, context.world.device)
+    numbers = precision.choose_for_evaluation(arguments, context.world.device)
     resolved = _resolved(arguments, numbers, recomputes=False)
     loaded = load.load_model(
         context.model_dir,
@@ -174,9 +176,11 @@ def assemble_evaluation(arguments: RunArguments, context: Context) -> Core:
         dtype=numbers.load_dtype,
         device=context.world.device,
         gradient_checkpointing=False,
+        cutoff_len=resolved.data.cutoff_len,
     )
     reason = why_not_flat(loaded)
     tuned = tuning.apply(loaded, resolved, is_trainable=False, upcast=False)
+    _adjust(tuned, resolved)
     engine = Engine.for_evaluation(
         TokenModel(tuned, flat=reason is None), world=context.world, precision=numbers
     )
@@ -243,6 +247,7 @@ def _token_model(
         dtype=torch.float32 if keeps_float32 else numbers.load_dtype,
         device=context.world.device,
         gradient_checkpointing=not arguments.model.disable_gradient_checkpointing,
+        cutoff_len=arguments.data.cutoff_len,
     )
     reason = why_not_flat(loaded)
     if reason is not None:
@@ -252,7 +257,19 @@ def _token_model(
         for parameter in tuned.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(numbers.load_dtype)
+    _adjust(tuned, arguments)
     return TokenModel(tuned, flat=reason is None)
+
+
+def _adjust(tuned: nn.Module, arguments: RunArguments) -> None:
+    """What single keys change in a model whose adapters are in place."""
+    settings = arguments.model
+    if settings.upcast_layernorm:
+        upcast.upcast_norms(tuned)
+    if settings.upcast_lmhead_output:
+        upcast.upcast_logits(tuned)
+    if settings.moe_aux_loss_coef is not None:
+        set_balance(tuned, settings.moe_aux_loss_coef)
 
 
 def _trains_own_weights(arguments: RunArguments) -> bool:
@@ -266,6 +283,8 @@ def _needs_checkpointing(arguments: RunArguments, context: Context, lengths: np.
     said = arguments.model.disable_gradient_checkpointing
     if said is not None:
         return not said
+    if arguments.model.use_unsloth_gc:
+        return True
     per_device = arguments.training.per_device_train_batch_size
     tokens = int(sum(sorted(lengths.tolist(), reverse=True)[:per_device]))
     config = load.load_config(context.model_dir, arguments.model)

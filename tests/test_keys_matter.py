@@ -96,6 +96,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     for name, amplify in (("model", 2.0), ("other_model", 3.0)):
         make_tokenizer(root / name)
         make_model(root / name, "llama", amplify=amplify)
+    make_tokenizer(root / "experts")
+    make_model(root / "experts", "qwen3_moe", amplify=2.0)
     for name, first in (("data", 1), ("other_data", 2)):
         write_data(root / name, first)
     made = Site(root)
@@ -352,6 +354,8 @@ ROWS: dict[str, Row] = {
         {**VALIDATION, "save_strategy": "best", "compute_accuracy": True},
     ),
     "greater_is_better": Row(False, True, files, {**VALIDATION, "save_strategy": "best"}),
+    "rope_scaling": Row("linear", "yarn", curve, {"cutoff_len": 600}),
+    "moe_aux_loss_coef": Row(0.0, 1.0, curve, {"model_name_or_path": "@experts"}),
     "output_dir": Row("@first", "@second", str),
 }
 
@@ -388,6 +392,38 @@ def implementation(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> str:
 def reentrant(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> bool:
     layer = loaded(site, keys, patch).model.layers[0]
     return layer._gradient_checkpointing_func.keywords["use_reentrant"]
+
+
+def offloading(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> str:
+    return type(loaded(site, keys, patch).model.layers[0]._gradient_checkpointing_func).__name__
+
+
+def formats(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    """Number formats of parameters and logits of a model in bfloat16."""
+    arguments = site.arguments(keys)
+    where = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+    model = load_model(site.root / "model", arguments.model, **where, gradient_checkpointing=False)
+    assembly._adjust(model, arguments)
+    return {p.dtype for p in model.parameters()}, model(torch.tensor([[5, 6]])).logits.dtype
+
+
+def liger(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> list[Any]:
+    asked: list[Any] = []
+    patch.setattr("llmray.model.kernels.use_liger", lambda model, config: asked.append(config))
+    loaded(site, {"enable_liger_kernel": True, **keys}, patch)
+    return asked
+
+
+def of_evaluation(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> torch.dtype:
+    keys = {"do_train": False, "do_eval": True, "eval_dataset": "short", **keys}
+    return precision.choose_for_evaluation(site.arguments(keys), torch.device("cpu")).load_dtype
+
+
+def rounding(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> list[str]:
+    asked: list[str] = []
+    patch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    precision.choose(site.arguments(keys), torch.device("cpu"))
+    return asked
 
 
 def checkpointing(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> bool:
@@ -601,6 +637,14 @@ SEEN: dict[str, tuple[Any, Any, Seen]] = {
     "flash_attn": ("sdpa", "disabled", implementation),
     "use_reentrant_gc": (False, True, reentrant),
     "disable_gradient_checkpointing": (False, True, checkpointing),
+    "use_unsloth_gc": (False, True, offloading),
+    "enable_liger_kernel": (False, True, liger),
+    "liger_kernel_config": (..., {"rope": False}, liger),
+    "upcast_layernorm": (False, True, formats),
+    "upcast_lmhead_output": (False, True, formats),
+    "bf16_full_eval": (False, True, of_evaluation),
+    "fp16_full_eval": (False, True, of_evaluation),
+    "tf32": (..., False, rounding),
     "print_param_status": (False, True, told),
     "trust_remote_code": (False, True, told),
     "cache_dir": ("@one", "@two", asked_of_hub),

@@ -173,27 +173,9 @@ NOT_BUILT: dict[str, Gap] = {
         "new_special_tokens_config",
         "init_special_tokens",
     ),
-    "rope_scaling": Gap(f"Longer rotary positions are not built yet. {_REMOVE}"),
-    "flash_attn": Gap(
-        "FlashAttention kernels are not built in yet. Use auto, sdpa or disabled.",
-        only("auto", "disabled", "sdpa"),
-    ),
     "shift_attn": Gap(f"Shifted sparse attention is not built yet. {_REMOVE}"),
     "mixture_of_depths": Gap(f"Mixture of depths is not built yet. {_REMOVE}"),
-    "use_unsloth": Gap(f"Kernels of unsloth are not built in yet. {_REMOVE}"),
-    "use_unsloth_gc": Gap(f"Activations kept on the CPU are not built yet. {_REMOVE}"),
-    **_family(
-        f"Liger's kernels are not built in yet. {_REMOVE}",
-        "enable_liger_kernel",
-        "liger_kernel_config",
-        "use_v1_kernels",
-    ),
-    "moe_aux_loss_coef": Gap(f"The balancing loss of experts is not built yet. {_REMOVE}"),
-    **_family(
-        f"Upcasting of single layers is not built yet. {_REMOVE}",
-        "upcast_layernorm",
-        "upcast_lmhead_output",
-    ),
+    "use_v1_kernels": Gap(f"Kernels chosen for the device are not built in yet. {_REMOVE}"),
     "infer_backend": Gap("Only transformers generates yet. Use huggingface."),
     "offload_folder": Gap(f"Weights offloaded to disk are not built yet. {_REMOVE}"),
     **_family(
@@ -237,12 +219,6 @@ NOT_BUILT: dict[str, Gap] = {
     ),
     # training
     "auto_find_batch_size": Gap(f"A search for the batch size is not built yet. {_REMOVE}"),
-    **_family(
-        f"That number format is not built yet. {_REMOVE}",
-        "bf16_full_eval",
-        "fp16_full_eval",
-        "tf32",
-    ),
     **_family(
         f"torch.compile is not built in yet. {_REMOVE}",
         "torch_compile",
@@ -323,6 +299,12 @@ NOT_BUILT: dict[str, Gap] = {
 NOT_SUPPORTED: dict[str, Gap] = {
     "use_fast_tokenizer": Gap(
         "Transformers 5 has no other tokenizer for models that have a fast one. Remove the key."
+    ),
+    "use_unsloth": Gap(
+        "Unsloth patches a transformers of its own (at most 5.17 in its release of October 2026, "
+        "and datasets below 5), so the two cannot be installed together. Write flash_attn: fa2 and "
+        "enable_liger_kernel: true for fast kernels, use_unsloth_gc: true for its memory, and "
+        "remove the key."
     ),
     "low_cpu_mem_usage": Gap(
         "Transformers 5 always loads without a second copy in memory. Remove the key."

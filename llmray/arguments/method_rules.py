@@ -246,8 +246,48 @@ def one_supervised_loss(arguments: RunArguments) -> Iterator[Problem]:
         yield Problem(keys, f"{' with '.join(keys)}: a run has one loss. Keep one of them.")
 
 
+def full_evaluation_alone(arguments: RunArguments) -> Iterator[Problem]:
+    """Weights are cast for an evaluation where none of them trains."""
+    training = arguments.training
+    asked = {"bf16_full_eval": training.bf16_full_eval, "fp16_full_eval": training.fp16_full_eval}
+    keys = tuple(key for key, is_asked in asked.items() if is_asked)
+    if len(keys) > 1:
+        yield Problem(keys, f"{' with '.join(keys)}: a run has one number format. Keep one.")
+    if keys and training.do_train:
+        yield Problem(
+            (keys[0], "do_train"),
+            f"{keys[0]}=true with do_train=true: weights that train would lose bits at each "
+            f"evaluation. Remove {keys[0]}, or evaluate in a run of its own.",
+        )
+
+
+def offloading_recomputes(arguments: RunArguments) -> Iterator[Problem]:
+    """What use_unsloth_gc keeps in host memory is what recomputation starts from."""
+    model = arguments.model
+    if model.use_unsloth_gc and model.disable_gradient_checkpointing:
+        yield Problem(
+            ("use_unsloth_gc", "disable_gradient_checkpointing"),
+            "use_unsloth_gc=true with disable_gradient_checkpointing=true: it keeps what "
+            "recomputation starts from. Remove one of them.",
+        )
+
+
+def liger_is_enabled(arguments: RunArguments) -> Iterator[Problem]:
+    """Liger's kernels are chosen where they are used."""
+    model = arguments.model
+    if model.liger_kernel_config is not None and not model.enable_liger_kernel:
+        yield Problem(
+            ("liger_kernel_config", "enable_liger_kernel"),
+            "liger_kernel_config is given, but enable_liger_kernel is not true. Write "
+            "enable_liger_kernel: true, or remove liger_kernel_config.",
+        )
+
+
 METHOD_RULES: tuple[Rule, ...] = (
     one_precision,
+    full_evaluation_alone,
+    offloading_recomputes,
+    liger_is_enabled,
     one_optimizer,
     full_gradient_optimizers,
     galore_wraps_adam,

@@ -75,13 +75,13 @@ class BaseArguments(Group):
     )
     rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = Field(
         None,
-        description="How rotary positions are stretched when cutoff_len exceeds the length that "
-        "the model was trained for.",
+        description="How rotary positions are stretched where cutoff_len exceeds the length that "
+        "the model was trained for. The factor is cutoff_len over that length, rounded up.",
     )
-    flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3"] = Field(
+    flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3", "flex"] = Field(
         "auto",
-        description="Attention kernel: the best one that is there, plain matrix products, torch's "
-        "own, or FlashAttention 2 or 3.",
+        description="Attention kernel: the best one that is there, plain matrix products on padded "
+        "rows, torch's own, FlashAttention 2 or 3, or torch's flex attention.",
     )
     shift_attn: bool = Field(
         False, description="Shifted sparse attention of LongLoRA, for training on long rows."
@@ -93,17 +93,24 @@ class BaseArguments(Group):
     use_unsloth: bool = Field(False, description="Train the adapter through unsloth's kernels.")
     use_unsloth_gc: bool = Field(
         False,
-        description="Keep the inputs of checkpointed layers in the memory of the CPU.",
+        description="Recompute activations, and keep the inputs of the layers in the memory of "
+        "the CPU until then.",
     )
     enable_liger_kernel: bool = Field(
         False,
-        description="Replace layers by Liger's fused kernels. Also known as use_liger_kernel.",
+        description="Replace layers by Liger's fused kernels; on GPUs. Also known as "
+        "use_liger_kernel.",
+    )
+    liger_kernel_config: Object | None = Field(
+        None,
+        description="Which of Liger's kernels are used, such as {rope: false}. Not given: all that "
+        "the model's type has.",
     )
     moe_aux_loss_coef: Float | None = Field(
         None,
         ge=0,
-        description="Weight of the loss that spreads tokens over a mixture's experts. Not given: "
-        "no such loss.",
+        description="Weight of the loss that spreads tokens over a mixture's experts; 0 leaves it "
+        "out. Not given: as the model's configuration says.",
     )
     disable_gradient_checkpointing: bool | None = Field(
         None,
@@ -116,10 +123,13 @@ class BaseArguments(Group):
         "one without re-entry, which torch recommends.",
     )
     upcast_layernorm: bool = Field(
-        False, description="Keep the weights of normalisation layers in float32."
+        False,
+        description="Keep the weights of normalisation layers in float32 and compute them in it.",
     )
     upcast_lmhead_output: bool = Field(
-        False, description="Compute the logits' further use in float32."
+        False,
+        description="Go on in float32 with what the output layer gives. The loss of a plain output "
+        "layer always does.",
     )
     train_from_scratch: bool = Field(
         False,

@@ -181,16 +181,21 @@ class PrecisionArguments(Group):
         description="Compute in float16 with loss scaling, weights in float32. Not given: no.",
     )
     fp32: bool | None = Field(None, description="Compute in float32. Not given: as hardware suits.")
-    bf16_full_eval: bool = Field(False, description="Evaluate with weights in bfloat16.")
-    fp16_full_eval: bool = Field(False, description="Evaluate with weights in float16.")
-    tf32: bool | None = Field(None, description="Round float32 products to TF32 on NVIDIA GPUs.")
+    bf16_full_eval: bool = Field(
+        False, description="Evaluate and predict with weights in bfloat16, where nothing trains."
+    )
+    fp16_full_eval: bool = Field(
+        False, description="Evaluate and predict with weights in float16, where nothing trains."
+    )
+    tf32: bool | None = Field(
+        None,
+        description="Round the operands of float32 products to TF32, on NVIDIA GPUs. Not given: "
+        "as torch is set.",
+    )
     use_cpu: bool = Field(False, description="Train on the CPU although there is a GPU.")
     torch_compile: bool = Field(False, description="Compile the model with torch.compile.")
     torch_compile_backend: str | None = Field(None, description="Back end of torch.compile.")
     torch_compile_mode: str | None = Field(None, description="Mode of torch.compile.")
-    liger_kernel_config: Object | None = Field(
-        None, description="Which of Liger's kernels are used."
-    )
     torch_empty_cache_steps: Int | None = Field(
         None,
         ge=1,

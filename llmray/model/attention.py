@@ -1,15 +1,18 @@
 """Flat rows: attention per sequence over one row `(1, N)` that holds all samples, without padding.
 
-Registered with transformers under the name `FLAT`; no mask is ever built. `why_not_flat` says for
-which models this would be wrong: they take padded batches in their own implementation.
+Registered with transformers under the name `FLAT`, and names that begin with it for other kernels
+(`kernels`); no mask is ever built. `why_not_flat` says for which models this would be wrong: they
+take padded batches in their own implementation.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,9 +57,14 @@ def causal_lm(model: Any) -> PreTrainedModel:
 def use_flat(model: nn.Module) -> None:
     """Make `model` attend within the segments that come with each call; calls need segments."""
     base = causal_lm(model)
-    if base.config._attn_implementation != FLAT:
+    if not is_flat(base):
         base.llmray_own_attention = base.config._attn_implementation
-        base.set_attn_implementation(FLAT)
+        base.set_attn_implementation(getattr(base, "llmray_flat", FLAT))
+
+
+def is_flat(model: PreTrainedModel) -> bool:
+    """Whether `model` attends within the segments of a flat row now."""
+    return str(model.config._attn_implementation).startswith(FLAT)
 
 
 def keep_own(model: PreTrainedModel, reason: str) -> None:
@@ -68,14 +76,50 @@ def keep_own(model: PreTrainedModel, reason: str) -> None:
 def native(model: nn.Module) -> Iterator[None]:
     """Inside, `model` attends by its own implementation: generation, padded calls, saving."""
     base = causal_lm(model)
-    if base.config._attn_implementation != FLAT:
+    if not is_flat(base):
         yield
         return
+    flat = base.config._attn_implementation
     base.set_attn_implementation(base.llmray_own_attention)
     try:
         yield
     finally:
-        base.set_attn_implementation(FLAT)
+        base.set_attn_implementation(flat)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one layer attends: as transformers' layers say, beside queries, keys and values."""
+
+    scale: float | None  # of the scores; None: one over the root of the head size
+    dropout: float
+    window: int | None  # tokens that a query looks back, itself included
+    softcap: float | None
+    sinks: Tensor | None  # (heads,)
+
+
+# (1, heads, N, head size) of queries, keys and values -> (1, N, heads, head size)
+Attend = Callable[[Tensor, Tensor, Tensor, Segments, Settings], Tensor]
+
+
+def register(name: str, attend: Attend) -> None:
+    """Make flat rows attend by `attend` in models whose implementation is `name`."""
+    assert name.startswith(FLAT)
+    AttentionInterface.register(name, partial(flat_attention, attend=attend))
+
+
+def by_segment(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, settings: Settings
+) -> Tensor:
+    """Torch's own kernel, one segment after the other."""
+    rows = zip(
+        query.split(segments.lengths_q, 2),
+        key.split(segments.lengths_k, 2),
+        value.split(segments.lengths_k, 2),
+        strict=True,
+    )
+    outputs = [_segment(q, k, v, settings) for q, k, v in rows]
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous()
 
 
 def flat_attention(
@@ -90,6 +134,7 @@ def flat_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     segments: Segments | None = None,
+    attend: Attend = by_segment,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of transformers' interface, within each segment.
@@ -100,6 +145,7 @@ def flat_attention(
         attention_mask: None; a mask would be ignored, so any other value is refused.
         scaling, dropout, sliding_window, softcap, s_aux: as transformers' layers give them.
         segments: the sequences of the row.
+        attend: the kernel.
         kwargs: what layers hand on for other implementations.
 
     Returns: (1, N, heads, head size), and None for the attention weights.
@@ -112,14 +158,8 @@ def flat_attention(
     window = _window(module, sliding_window)
     if segments.key_index is not None:
         key, value = key[:, :, segments.key_index], value[:, :, segments.key_index]
-    rows = zip(
-        query.split(segments.lengths_q, 2),
-        key.split(segments.lengths_k, 2),
-        value.split(segments.lengths_k, 2),
-        strict=True,
-    )
-    outputs = [_segment(q, k, v, scaling, dropout, window, softcap, s_aux) for q, k, v in rows]
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+    settings = Settings(scaling, dropout, window, softcap, s_aux)
+    return attend(query, key, value, segments, settings), None
 
 
 AttentionInterface.register(FLAT, flat_attention)  # no mask is registered: none is to be built
@@ -136,17 +176,10 @@ def _window(module: nn.Module, sliding_window: int | None) -> int | None:
     return None
 
 
-def _segment(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _segment(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
     num_queries, num_keys = q.shape[2], k.shape[2]
+    window, scale, dropout = settings.window, settings.scale, settings.dropout
+    softcap, sinks = settings.softcap, settings.sinks
     window = None if window is None or window >= num_keys else window
     if softcap is None and sinks is None:
         is_square = window is None and num_queries == num_keys
@@ -221,13 +254,14 @@ def _by_trial(model: PreTrainedModel) -> str | None:
     model.eval()
     try:
         lone = torch.cat([model(part, use_cache=False).logits for part in ids.split(lengths, 1)], 1)
-        use_flat(model)
+        model.llmray_own_attention = model.config._attn_implementation
+        model.set_attn_implementation(FLAT)
         apart = _row_logits(model, ids, lengths)
         mixed = _row_logits(model, ids, (sum(lengths),))
     except (RuntimeError, ValueError, TypeError) as error:
         return f"{name} does not run on a flat row ({error})"
     finally:
-        if model.config._attn_implementation == FLAT:
+        if is_flat(model):
             model.set_attn_implementation(model.llmray_own_attention)
         model.train(was_training)
     wrong, shows = _distance(apart, lone), _distance(mixed, lone)

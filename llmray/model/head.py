@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmray.batch import Batch
-from llmray.errors import ModelError
+from llmray.errors import ArgumentsError, ModelError
 from llmray.model.attention import causal_lm, native, use_flat
 from llmray.model.chunked import (
     Form,
@@ -154,7 +154,7 @@ def _inputs(module: nn.Module, base: PreTrainedModel, batch: Batch) -> dict[str,
         inputs["attention_mask"] = batch.attention_mask
         if _accepts(module, "position_ids"):
             inputs["position_ids"] = batch.position_ids
-    if _wants_aux_loss(base):
+    if balance(base) is not None:
         inputs["output_router_logits"] = True
     return inputs
 
@@ -209,22 +209,49 @@ def _as_trained(base: PreTrainedModel, low: torch.dtype) -> AbstractContextManag
     return torch.autocast(base.device.type, dtype=low)
 
 
-def _wants_aux_loss(base: PreTrainedModel) -> bool:
-    return bool(getattr(base.config.get_text_config(), "output_router_logits", False))
+def balance(base: PreTrainedModel) -> float | None:
+    """The coefficient of the auxiliary loss of a mixture of experts, None where there is none."""
+    asked: float | None = getattr(base, "llmray_balance", None)
+    if asked is not None:
+        return asked or None
+    config = base.config.get_text_config()
+    wants = bool(getattr(config, "output_router_logits", False))
+    return float(config.router_aux_loss_coef) if wants else None
+
+
+def set_balance(model: nn.Module, coefficient: float) -> None:
+    """Let `model` train with this coefficient, whatever its configuration says.
+
+    Raises:
+        ArgumentsError: if it has no experts, or no auxiliary loss of them.
+    """
+    base = causal_lm(model)
+    if not _has_balance(base):
+        raise ArgumentsError(
+            f"moe_aux_loss_coef={coefficient:g}, but {type(base).__name__} has no loss that "
+            "balances experts. A mixture of experts that has one is required: remove the key."
+        )
+    base.llmray_balance = coefficient
+
+
+def _has_balance(base: PreTrainedModel) -> bool:
+    module = sys.modules[type(base).__module__]
+    counts = ("num_experts", "num_experts_per_tok")
+    return hasattr(module, "load_balancing_loss_func") and all(hasattr(base, n) for n in counts)
 
 
 def _aux_loss(base: PreTrainedModel, result: Any, batch: Batch) -> Tensor | None:
     """The load-balancing loss of the model's own module, times its coefficient."""
-    if not _wants_aux_loss(base):
+    coefficient = balance(base)
+    if coefficient is None:
         return None
-    module = sys.modules[type(base).__module__]
-    config = base.config.get_text_config()
-    if not hasattr(module, "load_balancing_loss_func") or not result.router_logits:
+    if not _has_balance(base) or not result.router_logits:
         raise ModelError(
             f"output_router_logits is set, but {type(base).__name__} has no auxiliary loss. A "
-            "mixture of experts that has one is required; leave moe_aux_loss_coef away."
+            "mixture of experts that has one is required; write moe_aux_loss_coef: 0."
         )
+    module: Any = sys.modules[type(base).__module__]
     loss: Tensor = module.load_balancing_loss_func(
         result.router_logits, base.num_experts, base.num_experts_per_tok, batch.attention_mask
     )
-    return loss * config.router_aux_loss_coef
+    return loss * coefficient

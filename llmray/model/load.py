@@ -1,4 +1,4 @@
-"""A model from a local folder: number format, attention, device, gradient checkpointing.
+"""A model from a local folder: number format, positions, kernels, device, recomputed activations.
 
 Where the folder comes from is `hub`'s business; which parameters train is `tuning`'s.
 """
@@ -14,17 +14,16 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from llmray import hub
 from llmray.arguments import derived
 from llmray.arguments.model import ModelArguments
 from llmray.errors import ModelError
-from llmray.model.attention import keep_own
+from llmray.model import kernels, rope
 from llmray.model.quiet import quiet
+from llmray.model.recompute import recompute_activations
 from llmray.model_code import optional_imports
 
 log = getLogger("llmray")
-
-# flash_attn -> transformers' name; None is the model's own choice
-ATTENTION: dict[str, str | None] = {"auto": None, "sdpa": "sdpa", "disabled": "eager"}
 
 
 def load_config(model_dir: Path | str, model_args: ModelArguments) -> PretrainedConfig:
@@ -50,6 +49,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     gradient_checkpointing: bool,
+    cutoff_len: int | None = None,
 ) -> PreTrainedModel:
     """The causal language model of a folder, in eval mode.
 
@@ -59,19 +59,26 @@ def load_model(
         dtype: of all weights.
         device: where they go.
         gradient_checkpointing: recompute activations in the backward pass.
+        cutoff_len: the longest row in tokens; required where rope_scaling is given.
 
     Raises:
         ModelError: if a file is missing or damaged, or the architecture cannot do what is asked.
-        ArgumentsError: if device_map names another device.
+        ArgumentsError: if a key asks for what this device or this model has not.
     """
     directory = Path(model_dir)
     derived.check_device(model_args.device_map, str(device))
+    choice = kernels.prepare(model_args.flash_attn, device, dtype)
     config = load_config(directory, model_args)
+    adapters = [
+        Path(hub.resolve(name, model_args, kind="adapter"))
+        for name in model_args.adapter_name_or_path
+    ]
+    is_stretched = rope.configure(config, model_args.rope_scaling, cutoff_len, adapters)
     if model_args.trust_remote_code:
         log.warning("trust_remote_code: Python code in %s may run", directory)
     settings: dict[str, Any] = {
         "dtype": dtype,
-        "attn_implementation": ATTENTION[model_args.flash_attn],
+        "attn_implementation": choice.kernel.own,
         "trust_remote_code": model_args.trust_remote_code,
     }
     try:
@@ -86,10 +93,17 @@ def load_model(
     # what adapters and model cards name as their base: not the place of a cache
     model.name_or_path = model_args.model_name_or_path or str(directory)
     model.config._name_or_path = model.name_or_path
-    if model_args.flash_attn == "disabled":
-        keep_own(model, "flash_attn: disabled asks for plain attention")
+    model.llmray_is_stretched = is_stretched  # what an adapter of it records
+    rope.make_stateless(model)
+    kernels.adopt(model, model_args.flash_attn, choice)
+    if model_args.enable_liger_kernel:
+        kernels.use_liger(model, model_args.liger_kernel_config)
     if gradient_checkpointing:
-        _checkpoint_activations(model, is_reentrant=bool(model_args.use_reentrant_gc))
+        recompute_activations(
+            model,
+            is_reentrant=bool(model_args.use_reentrant_gc),
+            offloads=model_args.use_unsloth_gc,
+        )
     return model
 
 
@@ -108,16 +122,6 @@ def _from_files(
             "weights are required: complete the folder, or set train_from_scratch: true."
         )
     return model
-
-
-def _checkpoint_activations(model: PreTrainedModel, *, is_reentrant: bool) -> None:
-    try:
-        model.activation_checkpointing_enable({"use_reentrant": is_reentrant})
-    except ValueError as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot recompute activations ({error}). Set "
-            "disable_gradient_checkpointing: true."
-        ) from error
 
 
 def _require_config(directory: Path) -> None:

@@ -17,7 +17,7 @@ from llmray.data.conversation import Message, RowError
 from llmray.data.templates import Renderer, TemplateRenderer
 from llmray.data.tokenizer import load_tokenizer, renderer
 from llmray.errors import DataError
-from llmray.model import load, tuning
+from llmray.model import load, tuning, upcast
 from llmray.train.generate import Sampling, generate, max_positions
 from llmray.train.parallel import default_device
 
@@ -57,8 +57,11 @@ class Answerer:
             dtype=_dtype(arguments.model.infer_dtype, device),
             device=device,
             gradient_checkpointing=False,
+            cutoff_len=arguments.data.cutoff_len,
         )
         tuned = tuning.apply(loaded, arguments, is_trainable=False, upcast=False)
+        if arguments.model.upcast_lmhead_output:
+            upcast.upcast_logits(tuned)
         return cls.of(tuned, tokenizer, arguments)
 
     @classmethod

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from llmray.data import templates
 from llmray.data.tokenizer import is_one_token
+from llmray.model import rope
 from llmray.model.attention import causal_lm, native
 from llmray.model.quiet import quiet
 
@@ -172,8 +173,7 @@ def ended(ids: Sequence[int], stop_ids: Sequence[int]) -> Response:
 
 def max_positions(model: nn.Module) -> int | None:
     """How many tokens a model has positions for, None where that is not bounded."""
-    config: Any = causal_lm(model).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    return rope.max_positions(causal_lm(model).config)
 
 
 def stop_ids(model: nn.Module, tokenizer: Any, template: str | None) -> tuple[int, ...]:

@@ -50,12 +50,48 @@ PRECISIONS: dict[str, Precision] = {
 OF_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
+# evaluation without training: all weights in few bits, and no casts between them
+FULL_EVALUATION: dict[str, Precision] = {
+    "bf16_full_eval": Precision("bf16", torch.bfloat16, pure=True),
+    "fp16_full_eval": Precision("fp16", torch.float16, pure=True),
+}
+
+
+def choose_for_evaluation(arguments: RunArguments, device: torch.device) -> Precision:
+    """As `choose` for a run that does not train: bf16_full_eval and fp16_full_eval come first."""
+    set_tf32(arguments.training.tf32, device)
+    for key, found in FULL_EVALUATION.items():
+        if getattr(arguments.training, key):
+            _require_bf16(found.name, key, device)
+            return found
+    return choose(arguments, device)
+
+
+def set_tf32(allows: bool | None, device: torch.device) -> None:
+    """Let float32 products round their operands to TF32, or not; None leaves torch as it is.
+
+    Raises:
+        ArgumentsError: if it is asked for where there is none.
+    """
+    if allows is None:
+        return
+    is_able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if allows and not is_able:
+        raise ArgumentsError(
+            f"tf32=true, but {device} has no TF32. An NVIDIA GPU of compute capability 8.0 or "
+            "newer is required: remove tf32."
+        )
+    torch.set_float32_matmul_precision("high" if allows else "highest")
+    torch.backends.cudnn.allow_tf32 = allows
+
+
 def choose(arguments: RunArguments, device: torch.device) -> Precision:
     """The precision that the run asks for; what suits `device` where it asks for none.
 
     Raises:
         ArgumentsError: if the device cannot compute in the dtype that was asked for.
     """
+    set_tf32(arguments.training.tf32, device)
     dtype = derived.compute_dtype(arguments)
     if arguments.finetuning.pure_bf16:
         name = "pure_bf16"
@@ -64,12 +100,16 @@ def choose(arguments: RunArguments, device: torch.device) -> Precision:
         log.info("dtype %s: %s (bf16, fp16, fp32 or pure_bf16: true chooses)", name, why)
     else:
         name = OF_DTYPE[dtype]
+    _require_bf16(name, name, device)
+    return PRECISIONS[name]
+
+
+def _require_bf16(name: str, key: str, device: torch.device) -> None:
     if device.type == "cuda" and "bf16" in name and not torch.cuda.is_bf16_supported(False):
         raise ArgumentsError(
-            f"{name}: true, but {torch.cuda.get_device_name(device)} has no bf16 arithmetic. "
+            f"{key}: true, but {torch.cuda.get_device_name(device)} has no bf16 arithmetic. "
             "A device with compute capability 8.0 or newer is required. Set fp16: true instead."
         )
-    return PRECISIONS[name]
 
 
 def _by_hardware(device: torch.device) -> tuple[str, str]:

@@ -19,6 +19,8 @@ WORKING = """
 model_name_or_path adapter_name_or_path cache_dir model_revision disable_gradient_checkpointing
 use_reentrant_gc train_from_scratch infer_dtype hf_hub_token print_param_status trust_remote_code
 compute_dtype device_map model_max_length block_diag_attn
+rope_scaling flash_attn use_unsloth_gc enable_liger_kernel liger_kernel_config moe_aux_loss_coef
+upcast_layernorm upcast_lmhead_output bf16_full_eval fp16_full_eval tf32
 dataset dataset_dir eval_dataset eval_on_each_dataset cutoff_len truncation bad_rows
 train_on_prompt mask_history
 packing neat_packing streaming buffer_size
@@ -61,7 +63,6 @@ PARTLY = {
         ["adamw_bnb_8bit", "lion_8bit"],
     ),
     "lr_scheduler_type": (["cosine", "linear", "polynomial", "inverse_sqrt"], ["greedy"]),
-    "flash_attn": (["auto", "disabled", "sdpa"], ["fa2", "fa3"]),
     "fsdp": ([None, "", False], ["full_shard auto_wrap", True]),
 }
 

@@ -322,6 +322,20 @@ CASES = {
             "new_special_tokens_config",
         )
     ],
+    "full_evaluation_alone": [
+        ({"bf16_full_eval": True, "fp16_full_eval": True}, {"fp16_full_eval": False}, "Keep one"),
+        ({"fp16_full_eval": True, "do_train": True}, {"do_train": False}, "lose bits"),
+    ],
+    "offloading_recomputes": [
+        (
+            {"use_unsloth_gc": True, "disable_gradient_checkpointing": True},
+            {"disable_gradient_checkpointing": False},
+            "what recomputation starts from",
+        )
+    ],
+    "liger_is_enabled": [
+        ({"liger_kernel_config": {"rope": False}}, {"enable_liger_kernel": True}, "is not true")
+    ],
     "dtype_follows_precision": [
         ({"compute_dtype": "float16", "bf16": True}, {"compute_dtype": "bfloat16"}, "bf16=true"),
         ({"compute_dtype": "bfloat16", "fp32": True}, {"fp32": False}, "that is float32"),
