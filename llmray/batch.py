@@ -6,8 +6,8 @@ fields alone and so never learns the layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,8 @@ class Batch:
     num_tokens: int  # real tokens, padding not counted
     segments: Segments | None = None
     attention_mask: Tensor | None = None  # (B, T) int64, 1 where a token is
+    # what is known of each target beside its id, by name, each (n,): old log-probabilities, ...
+    given: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         """This batch on `device`; tensors that are there already are not copied."""
@@ -54,11 +56,12 @@ class Batch:
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """This batch with every tensor replaced by what `function` makes of it."""
         changed: dict[str, Tensor] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for item in fields(self):
+            value = getattr(self, item.name)
             if isinstance(value, Tensor):
-                changed[field.name] = function(value)
+                changed[item.name] = function(value)
+        given = {name: function(tensor) for name, tensor in self.given.items()}
         segments = self.segments
         if segments is not None and segments.key_index is not None:
             segments = replace(segments, key_index=function(segments.key_index))
-        return replace(self, segments=segments, **changed)  # type: ignore[arg-type]
+        return replace(self, segments=segments, given=given, **changed)  # type: ignore[arg-type]

@@ -46,12 +46,56 @@ class RlhfArguments(Group):
     ppo_epochs: Int = Field(
         4, ge=1, description="Passes of the optimizer over the sampled responses."
     )
-    ppo_score_norm: bool = Field(False, description="Divide rewards by their running deviation.")
+    ppo_score_norm: bool = Field(
+        False, description="Bring scores to mean 0 and deviation 1 of all scores seen so far."
+    )
     ppo_target: Float = Field(
-        6.0, gt=0, description="Divergence from the reference, in nats, that its weight aims at."
+        6.0,
+        gt=0,
+        description="Divergence of a whole response from the reference, in nats, that its weight "
+        "aims at where ppo_kl_control is adaptive.",
     )
     ppo_whiten_rewards: bool = Field(
-        False, description="Bring rewards to mean 0 and deviation 1 before advantages."
+        False, description="Bring token rewards to deviation 1 before advantages; the mean stays."
+    )
+    ppo_num_samples: Int = Field(1, ge=1, description="Responses drawn to each prompt.")
+    ppo_clip_range: Float = Field(
+        0.2, gt=0, description="How far a token's probability ratio may leave 1 in an update."
+    )
+    ppo_value_clip_range: Float = Field(
+        0.2, gt=0, description="How far a value may leave the one at sampling in an update."
+    )
+    ppo_value_coef: Float = Field(0.1, ge=0, description="Weight of the value loss.")
+    ppo_entropy_coef: Float = Field(0.0, ge=0, description="Weight of the entropy that is sought.")
+    ppo_gamma: Float = Field(1.0, ge=0, le=1, description="Discount of later rewards, by tokens.")
+    ppo_lambda: Float = Field(
+        0.95, ge=0, le=1, description="Lambda of generalized advantage estimation."
+    )
+    ppo_init_kl: Float = Field(
+        0.2, ge=0, description="Weight of the divergence from the reference at the start."
+    )
+    ppo_kl_control: Literal["adaptive", "fixed"] = Field(
+        "adaptive", description="Whether that weight follows ppo_target or stays."
+    )
+    ppo_kl_horizon: Float = Field(
+        10_000.0, gt=0, description="Responses in which the weight follows; larger is slower."
+    )
+    ppo_kl_estimator: Literal["k1", "k2", "k3"] | None = Field(
+        None,
+        description="Estimate of the divergence at a token. Not given: k1 with gae, k3 with grpo.",
+    )
+    ppo_early_stop_kl: Float | None = Field(
+        None,
+        gt=0,
+        description="Divergence of a mini-batch from the policy that sampled, in nats a token, "
+        "from which on the rollout is optimized no further.",
+    )
+    ppo_missing_eos_penalty: Float | None = Field(
+        None, ge=0, description="Taken from the score of a response that was cut before its end."
+    )
+    advantage_estimator: Literal["gae", "grpo"] = Field(
+        "gae",
+        description="Gae reads a value head; grpo compares the responses to a prompt, without one.",
     )
     ref_model: str | None = Field(
         None,

@@ -93,8 +93,15 @@ class Engine:
         nothing = ByStep(lambda step: 0.0)
         return cls(model, {}, None, nothing, world=world, precision=precision, max_grad_norm=0.0)
 
-    def forward_backward(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
+    def forward_backward(
+        self, micro_batches: Sequence[Batch], objective: Objective, *, entropy: bool = False
+    ) -> StepOutput:
         """Add the gradients of the step's mean loss; every rank brings as many micro-batches.
+
+        Args:
+            micro_batches: this rank's.
+            objective: what their loss is.
+            entropy: whether the objective reads entropies.
 
         Raises:
             ValueError: if no rank has a unit to train on, or ranks differ in micro-batches.
@@ -113,7 +120,7 @@ class Engine:
             is_last = index == len(micro_batches) - 1
             with self._reduces(is_last), self.precision.context(device):
                 moved = batch.to(device)
-                output: TokenOutput = self._wrapped(moved)
+                output: TokenOutput = self._wrapped(moved, entropy=entropy)
                 part = objective(output, moved)
                 summed = part.loss
                 if output.aux_loss is not None:  # a mean of its own: weighted by the batch's units
@@ -125,8 +132,12 @@ class Engine:
                 metrics[name] = metrics.get(name, torch.zeros((), device=device)) + value / total
         return StepOutput(loss, metrics, total, sum(batch.num_tokens for batch in micro_batches))
 
-    def optim_step(self) -> OptimOutput:
-        """Clip, update, and forget the gradients."""
+    def optim_step(self, *, advances: bool = True) -> OptimOutput:
+        """Clip, update, and forget the gradients.
+
+        Args:
+            advances: whether this ends a step of the schedule; else `advance` does later.
+        """
         rate = self._set_learning_rate()
         self._scaler.unscale_(self._optimizer)
         grads = [p.grad for p in self._trainable.values() if p.grad is not None]
@@ -137,17 +148,28 @@ class Engine:
             )
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+        self.drop_gradients()
+        if advances:
+            self.advance()
         named = {g["name"]: g["lr"] for g in self._optimizer.param_groups if "name" in g}
         return OptimOutput(norm, rate, named)
 
+    def advance(self) -> None:
+        """Go on to the next step of the schedule."""
+        self.step += 1
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients, whatever they are."""
+        self._optimizer.zero_grad(set_to_none=True)
+
     @torch.no_grad()
-    def logprobs(self, batch: Batch, *, top1: bool = False) -> TokenOutput:
+    def logprobs(self, batch: Batch, *, entropy: bool = False, top1: bool = False) -> TokenOutput:
         """The outputs at `batch`'s targets, without gradient and without dropout."""
         self.model.eval()
         with self.precision.context(self.world.device):
-            output: TokenOutput = self.model(batch.to(self.world.device), top1=top1)
+            output: TokenOutput = self.model(
+                batch.to(self.world.device), entropy=entropy, top1=top1
+            )
         return output
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Response]:

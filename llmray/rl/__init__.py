@@ -1,0 +1,1 @@
+"""Reinforcement learning from rewards: rollouts, scores, advantages, and the step of stage ppo."""
