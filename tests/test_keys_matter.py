@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny import make_model, make_tokenizer
+from transformers import AutoModelForCausalLM
 
 from llmray import assembly, cli, hub, local, store
 from llmray.arguments import capabilities
@@ -98,6 +99,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
         make_model(root / name, "llama", amplify=amplify)
     make_tokenizer(root / "experts")
     make_model(root / "experts", "qwen3_moe", amplify=2.0)
+    make_tokenizer(root / "wide_model")
+    make_model(root / "wide_model", amplify=2.0, hidden_size=64)
     for name, first in (("data", 1), ("other_data", 2)):
         write_data(root / name, first)
     made = Site(root)
@@ -252,6 +255,8 @@ PREDICTS = {"val_size": 0.25, "predict_with_generate": True, "max_new_tokens": 4
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 NEVER_BETTER = {"metric_for_best_model": "loss", "greater_is_better": True}
 LORAPLUS = {"loraplus_lr_ratio": 2.0, "lora_target": "embed_tokens,q_proj"}
+WIDE = {"model_name_or_path": "@wide_model"}  # 4-bit rows are whole blocks
+FOUR_BITS = {**WIDE, "quantization_bit": 4}
 ADAPTER = {"adapter_name_or_path": "@adapter", "lora_rank": 3}
 
 ROWS: dict[str, Row] = {
@@ -259,6 +264,9 @@ ROWS: dict[str, Row] = {
     "adapter_name_or_path": Row(..., "@adapter"),
     "create_new_adapter": Row(False, True, weights, ADAPTER),
     "train_from_scratch": Row(False, True, keys=FULL),
+    "quantization_bit": Row(4, 8, keys=WIDE),
+    "quantization_type": Row("nf4", "fp4", keys=FOUR_BITS),
+    "double_quantization": Row(True, False, keys=FOUR_BITS),
     "template": Row("chatml", "default"),
     "dataset": Row("short", "short,other", num_rows, EPOCHS),
     "eval_dataset": Row("other", "turns", evaluation, {"do_eval": True}),
@@ -807,7 +815,22 @@ def without_new_tokens(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Any
     return drawn(site, {"max_new_tokens": 0, **keys}, patch)
 
 
+def placed(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Any:
+    """Where transformers is told to put weights of 4 bits that answer."""
+    asked: list[Any] = []
+    own = AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(*words: Any, **named: Any) -> Any:
+        asked.append(named["device_map"])
+        return own(*words, **named)
+
+    patch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    answering.Answerer.load(site.arguments({"do_train": False, **FOUR_BITS, **keys}))
+    return asked
+
+
 GENERATING: dict[str, tuple[Any, Any, Seen]] = {
+    "quantization_device_map": (..., "auto", placed),
     "do_sample": (True, False, drawn),
     "temperature": (0.5, 0.9, drawn),
     "top_p": (0.5, 0.9, drawn),

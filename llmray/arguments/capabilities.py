@@ -195,13 +195,9 @@ NOT_BUILT: dict[str, Gap] = {
     **_family(
         f"Hubs beside Hugging Face's are not built yet. {_REMOVE}", "ms_hub_token", "om_hub_token"
     ),
+    "quantization_method": Gap("HQQ and EETQ are not built in yet. Use bnb."),
     **_family(
-        f"Low-bit weights are not built yet. {_REMOVE}",
-        "quantization_method",
-        "quantization_bit",
-        "quantization_type",
-        "double_quantization",
-        "quantization_device_map",
+        f"Training in 8-bit floating point is not built yet. {_REMOVE}",
         "fp8",
         "fp8_backend",
         "fp8_enable_fsdp_float8_all_gather",

@@ -207,6 +207,28 @@ def spread_models_do_not_train(arguments: RunArguments) -> Iterator[Problem]:
         )
 
 
+def spread_models_are_quantized(arguments: RunArguments) -> Iterator[Problem]:
+    """quantization_device_map places weights of 4 bits."""
+    model = arguments.model
+    if model.quantization_device_map and model.quantization_bit != 4:
+        yield Problem(
+            ("quantization_device_map", "quantization_bit"),
+            "quantization_device_map=auto without quantization_bit=4: it places weights of 4 bits. "
+            "Write quantization_bit: 4, or remove it.",
+        )
+
+
+def random_weights_are_not_quantized(arguments: RunArguments) -> Iterator[Problem]:
+    """There is nothing to quantize of weights that are only to be learned."""
+    model = arguments.model
+    if model.train_from_scratch and model.is_quantized:
+        yield Problem(
+            ("train_from_scratch", "quantization_bit"),
+            f"train_from_scratch=true with quantization_bit={model.quantization_bit}: low-bit "
+            "weights do not train. Remove quantization_bit.",
+        )
+
+
 def ppo_needs_reward(arguments: RunArguments) -> Iterator[Problem]:
     """Stage ppo is training by reward."""
     if arguments.finetuning.stage != "ppo":
@@ -301,6 +323,8 @@ METHOD_RULES: tuple[Rule, ...] = (
     one_low_bit_format,
     bits_of_the_method,
     spread_models_do_not_train,
+    spread_models_are_quantized,
+    random_weights_are_not_quantized,
     ppo_needs_reward,
     smoothing_of_sigmoid,
     one_supervised_loss,

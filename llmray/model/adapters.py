@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from logging import getLogger
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +25,7 @@ from llmray.arguments.run import RunArguments
 from llmray.errors import ArgumentsError, ModelError
 from llmray.model import targets
 from llmray.model.layers import linear_modules
+from llmray.model.quantize import is_low_bit
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -95,9 +96,16 @@ def merge(
 ) -> PreTrainedModel:
     """`model` with all the adapters added into its weights, in order; nothing trains.
 
+    An adapter stays beside low-bit weights, which would take it in but roughly.
+
     Raises:
         ModelError: as `resume`.
     """
+    if is_low_bit(model) and names:
+        [name] = names  # more than one is refused with the arguments
+        beside = _load(model, name, model_args, is_trainable=False)
+        log.info("adapter %s answers beside the low-bit weights", name)
+        return cast("PreTrainedModel", beside.requires_grad_(False).eval())
     for name in names:
         tuned = _load(model, name, model_args, is_trainable=False)
         _untie(tuned)

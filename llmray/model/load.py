@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from llmray import hub
 from llmray.arguments import derived
 from llmray.arguments.model import ModelArguments
-from llmray.errors import ModelError
-from llmray.model import kernels, rope
+from llmray.errors import LlmrayError, ModelError
+from llmray.model import kernels, quantize, rope
 from llmray.model.quiet import quiet
 from llmray.model.recompute import recompute_activations
 from llmray.model_code import optional_imports
@@ -55,7 +55,7 @@ def load_model(
 
     Args:
         model_dir: from `hub.resolve`.
-        model_args: which attention, whether from scratch, whether code may run.
+        model_args: which attention, in how many bits, whether from scratch, whether code may run.
         dtype: of all weights.
         device: where they go.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -84,12 +84,18 @@ def load_model(
     try:
         with quiet(), optional_imports():
             if model_args.train_from_scratch:
+                config.__dict__.pop("quantization_config", None)  # of weights that are not read
                 model = AutoModelForCausalLM.from_config(config, **settings)
             else:
-                model = _from_files(directory, config, device, settings)
+                low_bit = quantize.settings(config, model_args, dtype=dtype, device=device)
+                model = _from_files(directory, config, device, settings | low_bit)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise _unreadable(directory, error) from error
-    model = model.to(device).eval()
+    if quantize.is_low_bit(model):  # lies where it was quantised
+        quantize.settle(model, dtype)
+        model = model.eval()
+    else:
+        model = model.to(device).eval()
     # what adapters and model cards name as their base: not the place of a cache
     model.name_or_path = model_args.model_name_or_path or str(directory)
     model.config._name_or_path = model.name_or_path
@@ -111,7 +117,7 @@ def _from_files(
     directory: Path, config: PretrainedConfig, device: torch.device, settings: dict[str, Any]
 ) -> PreTrainedModel:
     if device.type == "cuda":  # straight to the device, shard by shard
-        settings = {**settings, "device_map": {"": device}}
+        settings = {"device_map": {"": device}, **settings}
     model, info = AutoModelForCausalLM.from_pretrained(
         directory, config=config, output_loading_info=True, local_files_only=True, **settings
     )
@@ -137,8 +143,8 @@ def _require_config(directory: Path) -> None:
         )
 
 
-def _unreadable(directory: Path, error: Exception) -> ModelError:
-    if isinstance(error, ModelError):
+def _unreadable(directory: Path, error: Exception) -> LlmrayError:
+    if isinstance(error, LlmrayError):
         return error
     first_line = str(error).strip().split("\n")[0]
     if isinstance(error, SafetensorError):

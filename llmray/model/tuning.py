@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from llmray.arguments.run import RunArguments
 from llmray.errors import ArgumentsError
-from llmray.model import adapters
+from llmray.model import adapters, quantize
 from llmray.model.layers import decoder_layers, nearest
 
 log = getLogger("llmray")
@@ -41,6 +41,7 @@ def apply(
     names = arguments.model.adapter_name_or_path
     if not is_trainable:
         return adapters.merge(model, names, arguments.model)
+    quantize.require_adapter(model, arguments.finetuning.finetuning_type)
     tuned = TUNING[arguments.finetuning.finetuning_type](model, arguments)
     found = trainable(tuned)
     if not found:
@@ -51,6 +52,9 @@ def apply(
     if upcast:
         for parameter in found.values():
             parameter.data = parameter.data.float()
+    elif quantize.is_low_bit(model):  # beside low-bit weights adapters are made in float32
+        for parameter in found.values():
+            parameter.data = parameter.data.to(model.dtype)
     _report(tuned, is_detailed=arguments.model.print_param_status)
     return tuned
 
@@ -65,7 +69,7 @@ def status(model: nn.Module) -> dict[str, Any]:
     found, dtypes = trainable(model), {"trains": Counter[str](), "frozen": Counter[str]()}
     for parameter in model.parameters():
         kind = "trains" if parameter.requires_grad else "frozen"
-        dtypes[kind][_name(parameter.dtype)] += parameter.numel()
+        dtypes[kind][_name(parameter.dtype)] += quantize.num_weights(parameter)
     count, total = dtypes["trains"].total(), sum(n.total() for n in dtypes.values())
     return {
         "trainable": count,

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmray.model.attention import causal_lm
+from llmray.model.quantize import num_weights
 from llmray.train.reading import Work
 
 
@@ -96,11 +97,11 @@ def cost_of(model: nn.Module) -> Cost:
         if parameter.dim() < 2:
             continue
         if id(parameter) in head_weights:
-            size_of_head += parameter.numel()
+            size_of_head += num_weights(parameter)
             trained += parameter.numel() * parameter.requires_grad
         elif id(parameter) not in tables:
             is_chosen = "experts" in name and "shared_expert" not in name
-            size = parameter.numel() * (share if is_chosen else 1.0)
+            size = num_weights(parameter) * (share if is_chosen else 1.0)
             body += size
             trained += size * parameter.requires_grad
     config = base.config.get_text_config()

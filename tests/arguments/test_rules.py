@@ -151,6 +151,20 @@ CASES = {
         ({"quantization_bit": 3}, {"quantization_method": "hqq"}, "4 or 8 bits"),
         ({"quantization_bit": 4, "quantization_method": "eetq"}, {"quantization_bit": 8}, "eetq"),
     ],
+    "spread_models_are_quantized": [
+        (
+            {"quantization_device_map": "auto", "quantization_bit": 8},
+            {"quantization_bit": 4},
+            "weights of 4 bits",
+        )
+    ],
+    "random_weights_are_not_quantized": [
+        (
+            {"train_from_scratch": True, "quantization_bit": 4, "finetuning_type": "lora"},
+            {"train_from_scratch": False},
+            "train_from_scratch",
+        )
+    ],
     "spread_models_do_not_train": [
         (
             {"quantization_device_map": "auto", "do_train": True},

@@ -53,6 +53,8 @@ LOADS = {
     "eval_steps: 500\n",
     "tokenized": COMMON + "tokenized_path: saves/dataset\n",
     "swanlab": COMMON + "use_swanlab: true\nswanlab_run_name: some\n",
+    "low bit": COMMON + "quantization_bit: 4\nquantization_method: bnb\n",
+    "low bit, as documented": COMMON + "quantization_bit: 8\nquantization_method: bitsandbytes\n",
     "predict": "model_name_or_path: org/Some-4B\nstage: sft\ndo_predict: true\n"
     "finetuning_type: full\neval_dataset: a\npredict_with_generate: true\noutput_dir: saves/p\n"
     "per_device_eval_batch_size: 1\n",
@@ -67,7 +69,6 @@ FAILS = {
     "ppo": COMMON + "stage: ppo\nreward_model: saves/reward\nmax_new_tokens: 512\ntop_k: 0\n"
     "top_p: 0.9\n",
     "deepspeed": COMMON + "deepspeed: examples/deepspeed/ds_z3_config.json\n",
-    "low bit": COMMON + "quantization_bit: 4\nquantization_method: bnb\n",
     "galore": LOADS["full"].replace("steps: 8", "steps: 1") + "use_galore: true\n"
     "galore_layerwise: true\ngalore_target: all\ngalore_rank: 128\ngalore_scale: 2.0\n",
     "apollo": LOADS["full"].replace("steps: 8", "steps: 1") + "use_apollo: true\n"
