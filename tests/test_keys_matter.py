@@ -254,6 +254,7 @@ VALIDATION = {"val_size": 0.25, "eval_strategy": "steps", "eval_steps": 2}
 PREDICTS = {"val_size": 0.25, "predict_with_generate": True, "max_new_tokens": 4}
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 NEVER_BETTER = {"metric_for_best_model": "loss", "greater_is_better": True}
+PISSA = {"pissa_init": True}
 LORAPLUS = {"loraplus_lr_ratio": 2.0, "lora_target": "embed_tokens,q_proj"}
 WIDE = {"model_name_or_path": "@wide_model"}  # 4-bit rows are whole blocks
 FOUR_BITS = {**WIDE, "quantization_bit": 4}
@@ -301,6 +302,9 @@ ROWS: dict[str, Row] = {
     "lora_target": Row("all", "q_proj", tensors),
     "use_rslora": Row(False, True, weights),
     "use_dora": Row(False, True, tensors),
+    "pissa_init": Row(False, True),
+    "pissa_iter": Row(-1, 0, keys=PISSA),
+    "pissa_convert": Row(False, True, tensors, PISSA),
     "loraplus_lr_ratio": Row(1.0, 16.0, keys={"max_grad_norm": 0.0}),
     "loraplus_lr_embedding": Row(1e-3, 1e-2, weights, LORAPLUS),
     "lora_rank_pattern": Row(..., {"q_proj": 4}, tensors),

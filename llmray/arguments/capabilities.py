@@ -56,7 +56,6 @@ NOT_BUILT: dict[str, Gap] = {
         "oft_target",
         "module_dropout",
     ),
-    **_family(f"PiSSA is not built yet. {_REMOVE}", "pissa_init", "pissa_iter", "pissa_convert"),
     "use_llama_pro": Gap(f"Training of added blocks is not built yet. {_REMOVE}"),
     **_family(
         f"Losses beside cross-entropy are not built yet. {_REMOVE}",

@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from logging import getLogger
-from typing import TYPE_CHECKING, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,7 @@ from llmray.arguments.model import ModelArguments
 from llmray.arguments.problems import given
 from llmray.arguments.run import RunArguments
 from llmray.errors import ArgumentsError, ModelError
-from llmray.model import targets
+from llmray.model import pissa, targets
 from llmray.model.layers import linear_modules
 from llmray.model.quantize import is_low_bit
 
@@ -71,6 +72,9 @@ def create(model: PreTrainedModel, arguments: RunArguments) -> PeftModel:
         tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
     # get_peft_model puts the folder here, which may lie in a cache
     tuned.peft_config["default"].base_model_name_or_path = arguments.model.model_name_or_path
+    if settings.pissa_init:
+        seed, converts = arguments.training.seed, settings.pissa_convert
+        pissa.attach(tuned, pissa.Start(settings.pissa_iter, seed, converts=converts))
     return tuned
 
 
@@ -79,8 +83,17 @@ def resume(model: PreTrainedModel, name: str, arguments: RunArguments) -> PeftMo
 
     Raises:
         ModelError: if it is missing, damaged or made for another model.
+        ArgumentsError: if pissa_init is set and the adapter did not start so.
     """
     tuned = _load(model, name, arguments.model, is_trainable=True)
+    start = pissa.of(tuned)
+    if start is not None:
+        start.converts = arguments.finetuning.pissa_convert
+    elif arguments.finetuning.pissa_init:
+        raise ArgumentsError(
+            f"pissa_init=true with adapter_name_or_path={name}, which is no adapter of PiSSA: it "
+            "goes on as it is. Remove pissa_init, or write create_new_adapter: true."
+        )
     config = tuned.peft_config["default"]
     log.info(
         "training on adapter %s: rank %s, alpha %s, as it was saved",
@@ -119,13 +132,19 @@ def merge(
 def _load(
     model: PreTrainedModel, name: str, model_args: ModelArguments, *, is_trainable: bool
 ) -> PeftModel:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
     directory = hub.resolve(name, model_args, kind="adapter")
     try:
+        config = LoraConfig.from_pretrained(directory)
+        started, config.init_lora_weights = config.init_lora_weights, True
         with _no_advice():
-            return PeftModel.from_pretrained(
-                model, directory, is_trainable=is_trainable, autocast_adapter_dtype=False
+            tuned = PeftModel.from_pretrained(
+                model,
+                directory,
+                config=config,
+                is_trainable=is_trainable,
+                autocast_adapter_dtype=False,
             )
     except SafetensorError as error:
         raise ModelError(
@@ -138,6 +157,30 @@ def _load(
             f"the adapter in {directory} does not fit the model: {' '.join(lines[:2])}. An adapter "
             "of this very model is required: correct adapter_name_or_path or model_name_or_path."
         ) from error
+    _begin_as_saved(tuned, directory, started)
+    return tuned
+
+
+def _begin_as_saved(tuned: PeftModel, directory: Path, started: Any) -> None:
+    """Take from the base what an adapter of PiSSA started from."""
+    if not str(started).startswith("pissa"):
+        return
+    kept = pissa.read(directory)
+    if not kept:
+        raise ModelError(
+            f"the adapter in {directory} is one of PiSSA that lacks {pissa.FILE}: on the original "
+            "weights it means nothing. A converted adapter is required (pissa_convert: true), or "
+            "the file that a run of llmray writes beside it."
+        )
+    state = {name: p.detach().clone() for name, p in tuned.named_parameters() if ".lora_" in name}
+    _, _, number = str(started).rpartition("_niter_")
+    start = pissa.Start(int(number) if number.isdecimal() else -1, 0, converts=False)
+    pissa.attach(tuned, start)
+    start.restore(tuned, kept)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if name in state:
+                parameter.copy_(state[name])
 
 
 def _require_plain(settings: FinetuningArguments, parameters: list[str]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llmray import store
-from llmray.model import rope
+from llmray.model import pissa, rope
 from llmray.model.attention import causal_lm, native
 from llmray.model.quiet import quiet
 
@@ -53,6 +53,7 @@ def _write_adapter(model: Any, directory: Path, dtype: torch.dtype | None) -> No
         state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     # "auto" would ask the hub for the base model's vocabulary
     model.save_pretrained(directory, save_embedding_layers=False, state_dict=state)
+    pissa.complete(model, directory)
     base = causal_lm(model)
     if getattr(base, "llmray_is_stretched", False):
         rope.write_record(base.config, directory)

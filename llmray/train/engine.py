@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmray.batch import Batch
 from llmray.errors import CheckpointError
+from llmray.model import pissa
 from llmray.model.head import TokenModel, TokenOutput
 from llmray.train.generate import Response, Sampling, generate
 from llmray.train.losses import Objective
@@ -79,6 +80,7 @@ class Engine:
         self.world = world
         self.precision = precision
         self.step = 0
+        self._start = pissa.of(model)
         self._wrapped = world.wrap(model) if trainable else model
         self._trainable = dict(trainable)
         self._optimizer = optimizer or torch.optim.SGD([torch.zeros(1)])
@@ -113,6 +115,8 @@ class Engine:
             raise ValueError("ranks differ in their number of micro-batches")
         if total == 0:
             raise ValueError("no rank has a target in this step")
+        if self._start is not None:
+            self._start.begin(self.model.model, self.world.broadcast)
         self._wrapped.train()
         loss = torch.zeros((), device=device)
         metrics: dict[str, Tensor] = {}
@@ -181,7 +185,10 @@ class Engine:
             return generate(self.model.model, prompts, sampling)
 
     def state_dict(self) -> dict[str, Any]:
-        """What training changes: trainable weights, the optimizer's moments, schedule, scale."""
+        """What training changes: trainable weights, the optimizer's moments, schedule, scale.
+
+        And what a PiSSA adapter started as, on which the frozen weights depend.
+        """
         moments = {
             name: dict(self._optimizer.state[parameter])
             for name, parameter in self._trainable.items()
@@ -193,6 +200,7 @@ class Engine:
             "optimizer": moments,
             "schedule": self.schedule.state_dict(),
             "scaler": self._scaler.state_dict(),
+            "start": {} if self._start is None else dict(self._start.tensors),
         }
 
     @torch.no_grad()
@@ -202,6 +210,8 @@ class Engine:
         Raises:
             CheckpointError: if names or shapes of the trainable parameters differ.
         """
+        if self._start is not None:
+            self._start.restore(self.model.model, state["start"])
         self.load_trainable(state["trainable"])
         self.step = state["step"]
         saved = state["optimizer"]

@@ -53,6 +53,8 @@ LOADS = {
     "eval_steps: 500\n",
     "tokenized": COMMON + "tokenized_path: saves/dataset\n",
     "swanlab": COMMON + "use_swanlab: true\nswanlab_run_name: some\n",
+    "pissa": COMMON + "pissa_init: true\npissa_iter: 16\npissa_convert: true\n",
+    "lora plus": COMMON + "loraplus_lr_ratio: 16.0\nuse_rslora: true\nuse_dora: true\n",
     "low bit": COMMON + "quantization_bit: 4\nquantization_method: bnb\n",
     "low bit, as documented": COMMON + "quantization_bit: 8\nquantization_method: bitsandbytes\n",
     "predict": "model_name_or_path: org/Some-4B\nstage: sft\ndo_predict: true\n"
@@ -78,7 +80,6 @@ FAILS = {
     "adam mini": LOADS["full"] + "use_adam_mini: true\n",
     "muon": LOADS["full"] + "use_muon: true\n",
     "oft": COMMON.replace("lora\nlora_rank: 8\nlora_target: all", "oft\noft_block_size: 32"),
-    "pissa": COMMON + "pissa_init: true\npissa_iter: 16\npissa_convert: true\n",
     "llama pro": COMMON.replace("lora\nlora_rank: 8\nlora_target: all", "freeze")
     + "freeze_trainable_layers: 8\nuse_llama_pro: true\n",
     "export": "model_name_or_path: org/Some-4B\nadapter_name_or_path: saves/run\n"

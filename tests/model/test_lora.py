@@ -154,7 +154,7 @@ def test_all_and_experts_of_other_architectures(arch):
     assert {n for n in before if torch.equal(before[n], after[n])} == set()
 
 
-@pytest.mark.parametrize("keys", [{"lora_dropout": 0.1}, {"use_dora": True}])
+@pytest.mark.parametrize("keys", [{"lora_dropout": 0.1}, {"use_dora": True}, {"pissa_init": True}])
 def test_experts_take_no_variant(keys):
     [key] = keys
     with pytest.raises(ArgumentsError, match=rf"{key}=.* with lora_target model.*experts"):
