@@ -32,7 +32,7 @@ from llmray.train.engine import Engine
 from llmray.train.feed import StreamReader, open_feed
 from llmray.train.generate import Sampling
 from llmray.train.loop import Cadence, Progress, cadence
-from llmray.train.losses import Objective
+from llmray.train.losses import StageObjective
 from llmray.train.observers import Observer
 from llmray.train.parallel import World
 from llmray.train.predict import Predictor
@@ -74,7 +74,7 @@ class Core:
     engine: Engine
     tokenizer: Any
     evals: dict[str, Rows]
-    objective: Objective
+    objective: StageObjective
 
     @property
     def ahead(self) -> Ahead:
@@ -217,7 +217,7 @@ def _core(
         engine=engine,
         tokenizer=load_tokenizer(context.model_dir, arguments.model, arguments.data.template),
         evals={},
-        objective=STAGES[arguments.finetuning.stage].objective(),
+        objective=STAGES[arguments.finetuning.stage].objective(arguments),
     )
     core.evals |= {name: core.rows(samples) for name, samples in evals.items()}
     return core

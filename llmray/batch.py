@@ -35,6 +35,11 @@ class Batch:
     flattened input, whose hidden state predicts token `target_ids[i]`; `target_sample[i]` is the
     sample it counts for. A batch without targets is legal: a rank that has run out of rows takes
     part with one token and no target.
+
+    Of pairs, samples 2i and 2i + 1 are the chosen and the rejected answer of pair i. Judged answers
+    have `is_wanted`, and `mismatched`: the same prompts with the answers of other rows. `reference`
+    holds the reference's log-probability of each sample's targets together, where it is known
+    beforehand; `rows` are the numbers of the rows in their table.
     """
 
     input_ids: Tensor  # (1, N) or (B, T), int64
@@ -48,6 +53,10 @@ class Batch:
     attention_mask: Tensor | None = None  # (B, T) int64, 1 where a token is
     # what is known of each target beside its id, by name, each (n,): old log-probabilities, ...
     given: Mapping[str, Tensor] = field(default_factory=dict)
+    is_wanted: Tensor | None = None  # (num_samples,) bool
+    mismatched: Batch | None = None
+    reference: Tensor | None = None  # (num_samples,) float64
+    rows: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """This batch on `device`; tensors that are there already are not copied."""
@@ -55,11 +64,13 @@ class Batch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """This batch with every tensor replaced by what `function` makes of it."""
-        changed: dict[str, Tensor] = {}
+        changed: dict[str, Tensor | Batch] = {}
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
                 changed[item.name] = function(value)
+            elif isinstance(value, Batch):
+                changed[item.name] = value.map(function)
         given = {name: function(tensor) for name, tensor in self.given.items()}
         segments = self.segments
         if segments is not None and segments.key_index is not None:

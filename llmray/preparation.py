@@ -64,6 +64,7 @@ def report(ref: prepared.PreparedRef, seconds: float) -> str:
 NAMES = {
     "truncated": "cut to cutoff_len",
     "empty": "empty, left out",
+    "equal": "pairs of equal answers, left out",
     "without_target": "without a response, left out",
 }
 

@@ -109,6 +109,7 @@ def _train(
                 observers=observers,
                 report=context.report,
                 figures=_figures(core),
+                described=core.objective.described,
             )
         )
     if outcome.finished is not None:

@@ -455,6 +455,12 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
         "reward_model_type: full.",
     ),
     Combination(
+        ("streaming", "stage"),
+        lambda flat: flat["streaming"] and flat["stage"] == "kto",
+        "Stage kto puts each prompt before the answer of another row, in turn over the whole data "
+        "set, which a stream does not know. Set streaming: false.",
+    ),
+    Combination(
         ("streaming", "max_samples"),
         lambda flat: flat["streaming"] and flat["max_samples"] is not None,
         "The head of a stream is not built yet. Remove max_samples.",

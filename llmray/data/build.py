@@ -20,13 +20,14 @@ from llmray.data.encoding import Encoder
 from llmray.data.features import FEATURES, Outcome, RowFeatures
 from llmray.data.pieces import Piece
 from llmray.data.planning import EVAL, REPEATED, TRAIN, UNUSED, Plan, Shard
+from llmray.data.row_features import Equal
 from llmray.data.shards import SampleTable
 from llmray.data.truncation import Dropped
 from llmray.errors import DataError, StoreError
 from llmray.store import FileSum
 
 MOST_PROBLEMS = 10
-COUNTS = ("read", "bad", "over_limit", "truncated", "empty", "without_target")
+COUNTS = ("read", "bad", "over_limit", "truncated", "empty", "without_target", "equal")
 GO_ON = "With bad_rows: skip, or quarantine, such rows are left out."
 BATCH_CHARS = 1 << 22  # tokenizing takes about 100 bytes of memory a character
 
@@ -65,6 +66,8 @@ class SortedRows:
             self._add_bad(where, outcome)
         elif isinstance(outcome, Dropped):
             self._leave_out("over_limit", where, f" has {outcome.num_tokens} tokens")
+        elif isinstance(outcome, Equal):
+            self._leave_out("equal", where)
         elif not len(outcome.input_ids):
             self.counts["empty"] += 1
         elif not outcome.targets:
@@ -212,7 +215,9 @@ def _built_without_halves(
 
 
 def _half_a_character(conversation: Conversation) -> RowError | None:
-    texts = [conversation.system, conversation.tools, *(m.content for m in conversation.messages)]
+    answers = [conversation.chosen, *conversation.rejected]
+    said = [*conversation.messages, *(answer for answer in answers if answer is not None)]
+    texts = [conversation.system, conversation.tools, *(message.content for message in said)]
     try:
         "".join(text for text in texts if text).encode()
     except UnicodeEncodeError as error:
@@ -228,7 +233,7 @@ def _batches(rows: Iterator[Found], size: int) -> Iterator[list[Found]]:
     for number, where, found in rows:
         batch.append((number, where, found))
         if isinstance(found, Conversation):
-            num_chars += sum(len(message.content) for message in found.messages)
+            num_chars += _num_chars(found)
         if len(batch) == size or num_chars >= BATCH_CHARS:
             yield batch
             batch, num_chars = [], 0
@@ -236,8 +241,17 @@ def _batches(rows: Iterator[Found], size: int) -> Iterator[list[Found]]:
         yield batch
 
 
+def _num_chars(conversation: Conversation) -> int:
+    """Characters that are tokenized; those before a pair of answers are, with each of them."""
+    said = sum(len(message.content) for message in conversation.messages)
+    if conversation.chosen is None:
+        return said
+    answers = (conversation.chosen, *conversation.rejected)
+    return len(answers) * said + sum(len(answer.content) for answer in answers)
+
+
 def _conversations(plan: Plan, shard: Shard) -> Iterator[Found]:
-    """The rows of a shard that are used, each with its number in the shard."""
+    """The rows of a shard that are used, each with its number in the shard; pairs one by one."""
     kind = FEATURES[plan.stage].kind
     number = -1
     for piece, layout in shard.pieces:
@@ -245,14 +259,17 @@ def _conversations(plan: Plan, shard: Shard) -> Iterator[Found]:
             number += 1
             if shard.uses and shard.uses[number] == UNUSED:
                 continue
-            found: Conversation | RowError
+            made: Sequence[Conversation | RowError]
             try:
                 if shard.uses and shard.uses[number] == REPEATED:
                     raise _repeated(row, layout)
-                found = row if isinstance(row, RowError) else to_conversation(row, layout, kind)
+                if isinstance(row, RowError):
+                    raise row
+                made = to_conversation(row, layout, kind).pairs()
             except RowError as error:
-                found = error
-            yield number, (piece, index), found
+                made = [error]
+            for found in made:
+                yield number, (piece, index), found
 
 
 def _repeated(row: Any, layout: RowFormat) -> RowError:
@@ -321,21 +338,31 @@ def _orders(plan: Plan, reports: Sequence[ShardReport]) -> dict[str, np.ndarray]
     """
     found = {}
     for table, order in plan.orders.items():
-        places = np.full(int(order.max(initial=-1)) + 1, -1, np.int64)
-        first = num_kept = 0
+        parts = [np.empty(0, np.int64)]
+        first = 0
         for index, shard in enumerate(plan.shards):
             if shard.table != table:
                 continue
             if _file(table, index) in reports[index].files:
-                kept = shards.row_numbers(Path(plan.staging, _file(table, index))).astype(np.int64)
-                kept += first
-                kept = kept[kept < len(places)]
-                places[kept] = np.arange(num_kept, num_kept + len(kept))
-                num_kept += reports[index].counts[f"{table}_rows"]
+                kept = shards.row_numbers(Path(plan.staging, _file(table, index)))
+                parts.append(kept.astype(np.int64) + first)
             first += shard.num_rows
-        order = places[order]
-        found[table] = order[order >= 0]
+        found[table] = _places(np.concatenate(parts), order)
     return found
+
+
+def _places(numbers: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Where the rows of an order stand, several where a row of the files became several.
+
+    Args:
+        numbers: of the rows that were kept, in rising order, (num_kept,) int64.
+        order: numbers of rows, (num_drawn,) int64.
+    """
+    starts = np.searchsorted(numbers, order, "left")
+    counts = np.searchsorted(numbers, order, "right") - starts
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    places: np.ndarray = np.repeat(starts, counts) + within
+    return places
 
 
 def sums(plan: Plan, reports: Sequence[ShardReport], more: Iterable[str]) -> dict[str, FileSum]:
@@ -358,7 +385,7 @@ def counts(
         reports: of its shards.
         opened: its tables.
     """
-    total: dict[str, Any] = {}
+    total: dict[str, Any] = dict.fromkeys(COUNTS, 0)
     for report in reports:
         for name, count in report.counts.items():
             total[name] = total.get(name, 0) + count

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, Literal
 
 Role = Literal["user", "assistant", "observation", "function"]
@@ -101,17 +102,23 @@ class Message:
 class Conversation:
     """Messages that alternate: a prompt (user, observation), a response (assistant, function).
 
-    `messages` ends with a response; with the prompt, where there are two responses, `chosen` and
-    `rejected`, or the stage reads none. `is_wanted` judges the last response. `tools` is the JSON
-    text of the tools that responses may call.
+    `messages` ends with a response; with the prompt, where there are responses to compare, `chosen`
+    and one or more `rejected`, or the stage reads none. `is_wanted` judges the last response.
+    `tools` is the JSON text of the tools that responses may call.
     """
 
     messages: tuple[Message, ...]
     system: str | None = None
     tools: str | None = None
     chosen: Message | None = None
-    rejected: Message | None = None
+    rejected: tuple[Message, ...] = ()
     is_wanted: bool | None = None
+
+    def pairs(self) -> list[Conversation]:
+        """This conversation with one `rejected` at a time; itself where there is one or none."""
+        if len(self.rejected) < 2:
+            return [self]
+        return [replace(self, rejected=(one,)) for one in self.rejected]
 
 
 @dataclass(frozen=True)
@@ -157,7 +164,21 @@ def to_conversation(row: Any, layout: RowFormat, kind: Kind = "responses") -> Co
                 "Take a set of text."
             )
     found = FORMATTINGS[layout.formatting](row, layout, kind)
-    return replace(found, is_wanted=_judgement(row, layout)) if kind == "judged" else found
+    if kind == "pair":
+        _require_words(layout, "chosen", [found.chosen])
+        _require_words(layout, "rejected", found.rejected)
+    if kind == "judged":
+        _require_words(layout, "response", found.messages[-1:])
+        return replace(found, is_wanted=_judgement(row, layout))
+    return found
+
+
+def _require_words(layout: RowFormat, use: str, answers: Sequence[Message | None]) -> None:
+    """Fail if an answer that is to be compared or judged says nothing."""
+    for answer in answers:
+        if answer is not None and not (answer.content.strip() or answer.thought or answer.calls):
+            what = "the last response" if use == "response" else repr(layout.column(use))
+            raise RowError(f"{what} is empty. Required: an answer. Mend the row, or take it out.")
 
 
 def _judgement(row: Row, layout: RowFormat) -> bool:
@@ -180,6 +201,12 @@ def _alpaca(row: Row, layout: RowFormat, kind: Kind) -> Conversation:
         assert text is not None
         return Message("assistant", text)
 
+    def said(value: Any) -> Message:
+        if not isinstance(value, str):
+            name = layout.column("rejected")
+            raise RowError(f"{name!r} is {_kind(value)}. Required: text, the rejected, or several.")
+        return Message("assistant", value)
+
     if kind in ("responses", "judged"):
         messages.append(response("response"))
     return Conversation(
@@ -187,8 +214,18 @@ def _alpaca(row: Row, layout: RowFormat, kind: Kind) -> Conversation:
         _text(row, layout, "system", optional=True) or None,
         _tools(row, layout),
         chosen=response("chosen") if kind == "pair" else None,
-        rejected=response("rejected") if kind == "pair" else None,
+        rejected=_rejected(row, layout, said) if kind == "pair" else (),
     )
+
+
+def _rejected(row: Row, layout: RowFormat, read: Callable[[Any], Message]) -> tuple[Message, ...]:
+    """The answers to reject of a row: one, or a list of them."""
+    value = _value(row, layout, "rejected")
+    if not isinstance(value, list | tuple):
+        return (read(value),)
+    if not value:
+        raise RowError(f"{layout.column('rejected')!r} is empty. Required: one answer or more.")
+    return tuple(map(read, value))
 
 
 def _history(row: Row, layout: RowFormat) -> list[Message]:
@@ -240,9 +277,9 @@ def _messages(row: Row, layout: RowFormat, kind: Kind, read: Read) -> Conversati
     first = len(said) - len(turns) + 1
     messages = _alternating(layout, turns, first, ends_with_prompt=kind == "pair")
 
-    def answer(use: str) -> Message:
+    def answer(use: str, value: Any) -> Message:
         name = layout.column(use)
-        role, message = spoken(f"message {name!r}", _value(row, layout, use))
+        role, message = spoken(f"message {name!r}", value)
         if role not in RESPONSES:
             raise RowError(
                 f"{name!r} is from {layout.tag(f'{role}_tag')}. Required: a response, from "
@@ -254,8 +291,8 @@ def _messages(row: Row, layout: RowFormat, kind: Kind, read: Read) -> Conversati
         messages,
         system,
         _tools(row, layout),
-        chosen=answer("chosen") if kind == "pair" else None,
-        rejected=answer("rejected") if kind == "pair" else None,
+        chosen=answer("chosen", _value(row, layout, "chosen")) if kind == "pair" else None,
+        rejected=_rejected(row, layout, partial(answer, "rejected")) if kind == "pair" else (),
     )
 
 

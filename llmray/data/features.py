@@ -1,6 +1,7 @@
 """What a row becomes in each stage: FEATURES holds a function from conversations to features.
 
-`prompt` is what rows to evaluate on become where generated responses are judged.
+`prompt` is what rows to evaluate on become where generated responses are judged; pairs and judged
+answers are built by `answers`.
 What is longer than cutoff_len is cut by `truncation`; targets are marked by place, never by the id
 of a token.
 """
@@ -8,76 +9,19 @@ of a token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from llmray.data import truncation
-from llmray.data.conversation import Conversation, Kind, RowError
+from llmray.data import answers, truncation
+from llmray.data.conversation import Conversation, RowError
 from llmray.data.encoding import Encoder
+from llmray.data.row_features import FeatureOptions as FeatureOptions
+from llmray.data.row_features import Outcome as Outcome
+from llmray.data.row_features import RowFeatures as RowFeatures
+from llmray.data.row_features import StageFeatures
 from llmray.data.templates import Renderer, Turn
-from llmray.data.truncation import Dropped, Span, Truncation, TurnSections
-
-
-@dataclass(frozen=True)
-class FeatureOptions:
-    """Arguments that decide about features.
-
-    `text_prefix` and `text_suffix` are ids before and after each text of stage pt; `packing` says
-    that its texts are later laid into full blocks, so that none is cut. `end_token` is the token
-    that is learned at the end of responses where the text has none there (efficient_eos).
-    """
-
-    cutoff_len: int
-    truncation: Truncation = "structure"
-    train_on_prompt: bool = False
-    mask_history: bool = False
-    packing: bool = False
-    text_prefix: tuple[int, ...] = ()
-    text_suffix: tuple[int, ...] = ()
-    end_token: int | None = None
-
-
-@dataclass(frozen=True)
-class RowFeatures:
-    """The tokens of a row; `targets` are pairs of ends of the runs of tokens that are learned.
-
-    `cuts` are pairs too: before which token `cutoff_len` took tokens out, and how many. `instead`
-    are pairs of a place and the token that is learned there instead of the one that stands there.
-    """
-
-    input_ids: np.ndarray  # (T,) int32
-    targets: tuple[int, ...]
-    cuts: tuple[int, ...] = ()
-    instead: tuple[int, ...] = ()
-
-    @property
-    def is_truncated(self) -> bool:
-        """Whether tokens were taken out."""
-        return bool(self.cuts)
-
-    @property
-    def num_targets(self) -> int:
-        """How many tokens are learned."""
-        return sum(self.targets[1::2]) - sum(self.targets[::2])
-
-
-Outcome = RowFeatures | Dropped | RowError
-Build = Callable[[Sequence[Conversation], Encoder, Renderer | None, FeatureOptions], list[Outcome]]
-
-
-@dataclass(frozen=True)
-class StageFeatures:
-    """One stage: how its features are built, and of what in a row."""
-
-    build: Build
-    kind: Kind
-
-    @property
-    def renders(self) -> bool:
-        """Whether conversations are written in a text format, which takes a renderer."""
-        return self.kind != "text"
+from llmray.data.truncation import Dropped, Span, TurnSections
 
 
 def supervised(
@@ -310,4 +254,8 @@ FEATURES: dict[str, StageFeatures] = {
     "pt": StageFeatures(texts, "text"),
     "sft": StageFeatures(supervised, "responses"),
     "prompt": StageFeatures(prompts, "responses"),
+    "pairwise": StageFeatures(answers.pairwise, "pair"),
+    "kto": StageFeatures(answers.judged, "judged"),
 }
+# What each stage learns from; stages that learn from the same share their prepared data.
+OF_STAGE = {"pt": "pt", "sft": "sft", "rm": "pairwise", "dpo": "pairwise", "kto": "kto"}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmray import store
 from llmray.data import templates
+from llmray.data.features import OF_STAGE
 from llmray.data.sources import DataSet
 from llmray.errors import DataError
 
@@ -119,7 +120,7 @@ def describe(
     found: dict[str, Any] = {
         "code": CODE_VERSION,
         "libraries": {name: version(name) for name in LIBRARIES},
-        "stage": stage,
+        "stage": OF_STAGE[stage],
         "cutoff_len": data.cutoff_len,
         "truncation": data.truncation,
         "bad_rows": data.bad_rows,

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmray.data import duplicates, files, mixing, templates, tokenizer
 from llmray.data.conversation import RowFormat
-from llmray.data.features import FEATURES, FeatureOptions
+from llmray.data.features import FEATURES, OF_STAGE, FeatureOptions
 from llmray.data.pieces import DataFile, Piece
 from llmray.data.sources import DataSet
 from llmray.data.templates import Renderer
@@ -72,7 +72,8 @@ class Plan:
     `block_len` is set where texts are laid into blocks, `bin_len` where rows are packed into bins.
     `orders` has, by table, the numbers of its rows among those of the table's shards, in the order
     of the table, where that is not the order of the shards.
-    `judges_responses` says that rows to evaluate on are prompts with the response to compare with.
+    `stage` is a key of `FEATURES`. `judges_responses` says that rows to evaluate on are prompts
+    with the response to compare with.
     """
 
     key: str
@@ -119,9 +120,9 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
         DataError: a file cannot be read, or fewer rows are there than are to be set aside.
         ModelError: there is no usable tokenizer.
     """
-    data, stage = arguments.data, arguments.finetuning.stage
+    data, stage = arguments.data, OF_STAGE[arguments.finetuning.stage]
     loaded = tokenizer.load_tokenizer(model_dir, arguments.model)
-    renderer = tokenizer.renderer(data, loaded) if FEATURES[stage].renders else None
+    renderer = _renderer(data, loaded, stage)
     packed = data.cutoff_len if data.packs(stage) else None
     block_len, bin_len = (packed, None) if stage == "pt" else (None, packed)
     template = templates.find(data.template) if data.template else None
@@ -157,6 +158,14 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
         description=job.description,
         judges_responses=arguments.training.predict_with_generate,
     )
+
+
+def _renderer(data: DataArguments, loaded: Any, features: str) -> Renderer | None:
+    if not FEATURES[features].renders:
+        return None
+    if not FEATURES[features].learns_past:  # earlier responses are prompt, as with mask_history
+        data = data.model_copy(update={"mask_history": True})
+    return tokenizer.renderer(data, loaded)
 
 
 def _end_token(data: DataArguments, loaded: Any) -> int | None:

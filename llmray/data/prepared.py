@@ -27,7 +27,8 @@ import numpy as np
 from llmray import store
 from llmray.data import build, identity, packing, planning, sources, summary, workers
 from llmray.data.build import ShardReport
-from llmray.data.features import FEATURES
+from llmray.data.features import FEATURES, OF_STAGE
+from llmray.data.mismatched import JudgedTable
 from llmray.data.packing import PackedTable
 from llmray.data.planning import Plan
 from llmray.data.shards import Sample, SampleTable, Table
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BuildShards",
+    "JudgedTable",
     "PackedTable",
     "Plan",
     "Prepared",
@@ -94,7 +96,7 @@ class Prepared:
 
     path: str
     train: Table
-    eval: dict[str, SampleTable]
+    eval: dict[str, Table]
 
 
 def ensure(
@@ -238,12 +240,15 @@ def open(ref: PreparedRef | str | Path) -> Prepared:
     """
     path = ref.path if isinstance(ref, PreparedRef) else str(ref)
     metadata = _metadata(path)
-    tables = {name: _table(path, metadata, name) for name in metadata["tables"]}
-    rows = tables.pop("train")
-    train: Table = rows
+    opened = {name: _table(path, metadata, name) for name in metadata["tables"]}
+    tables: dict[str, Table] = {name: rows for name, rows in opened.items() if len(rows)}
+    if metadata["inputs"]["stage"] == "kto":
+        cutoff_len = metadata["inputs"]["cutoff_len"]
+        tables = {name: JudgedTable(opened[name], cutoff_len, name) for name in tables}
     if "packing" in metadata:
-        train = PackedTable(rows, packing.read(path, metadata["packing"]["bin_len"]))
-    return Prepared(path, train, {k: v for k, v in tables.items() if len(v)})
+        bins = packing.read(path, metadata["packing"]["bin_len"])
+        tables["train"] = PackedTable(opened["train"], bins)
+    return Prepared(path, tables.pop("train", opened["train"]), tables)
 
 
 def _table(path: str, metadata: Mapping[str, Any], name: str) -> SampleTable:
@@ -359,7 +364,7 @@ def sets_of(
         sources.open_sets,
         dataset_dir=data.dataset_dir,
         cache=root / "fetched",
-        kind=FEATURES[arguments.finetuning.stage].kind,
+        kind=FEATURES[OF_STAGE[arguments.finetuning.stage]].kind,
     )
     return open_sets(names), open_sets(data.eval_dataset)
 

@@ -121,8 +121,10 @@ def _in_order(plan: Plan, table: str) -> Iterator[_Found]:
     first, count = 0, BATCH_ROWS
     while first < len(order):
         wanted = order[first : first + count]
-        built = {one.number: one for one in _built(_only(plan, table, wanted), table)}
-        yield from (built[number] for number in wanted.tolist() if number in built)
+        built: dict[int, list[_Found]] = {}
+        for one in _built(_only(plan, table, wanted), table):
+            built.setdefault(one.number, []).append(one)
+        yield from (one for number in wanted.tolist() for one in built.get(number, []))
         first, count = first + count, 4 * count
 
 

@@ -24,11 +24,17 @@ class Sample:
     """One row: its tokens, and which of them are targets; the first never is.
 
     `instead` has places, and the tokens that are learned there instead of those that stand there.
+    `starts` is where the answers begin, one after the other behind the prompt that they share: of
+    a pair two; None where the row is one sequence. `is_wanted` judges the one answer of a row, and
+    `mismatched` is its prompt with the answer of another row.
     """
 
     input_ids: np.ndarray  # (T,) int32
     target_mask: np.ndarray  # (T,) bool
     instead: np.ndarray | None = None  # (k, 2) int32
+    starts: np.ndarray | None = None  # (num_answers,) int32
+    is_wanted: bool | None = None
+    mismatched: Sample | None = None
 
     def target_ids(self) -> np.ndarray:
         """The tokens that are learned, in their order."""
@@ -100,6 +106,10 @@ def _batch(rows: Sequence[RowFeatures], numbers: Sequence[int]) -> Any:
         "num_targets": pa.array(np.array([row.num_targets for row in rows], np.int32)),
         "number": pa.array(np.array(numbers, np.int32)),
     }
+    if any(row.starts for row in rows):
+        columns["starts"] = _lists([np.array(row.starts, np.int32) for row in rows])
+    if any(row.is_wanted is not None for row in rows):
+        columns["is_wanted"] = pa.array(np.array([bool(row.is_wanted) for row in rows], np.int32))
     return pa.record_batch(columns)
 
 
@@ -126,6 +136,11 @@ class _Shard:
         self.runs, self.run_offsets = _views(batch.column("targets"))
         self.instead, self.instead_offsets = _views(batch.column("instead"))
         self.num_targets = _view(batch.column("num_targets"))
+        names = (
+            batch.schema.names
+        )  # rows of one sequence have no starts, unjudged ones no judgement
+        self.starts = _views(batch.column("starts")) if "starts" in names else None
+        self.is_wanted = _view(batch.column("is_wanted")) if "is_wanted" in names else None
 
 
 def _views(column: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -203,6 +218,15 @@ class SampleTable:
         """Tokens of all rows."""
         return int(self.lengths.sum(dtype=np.int64))
 
+    @property
+    def num_wanted(self) -> int:
+        """Rows whose answer is wanted."""
+        counts = [
+            np.empty(0, np.int32) if s.is_wanted is None else s.is_wanted for s in self._shards
+        ]
+        wanted = np.concatenate(counts or [np.empty(0, np.int32)])
+        return int(np.sum(wanted if self.order is None else wanted[self.order]))
+
     def _find(self, row: int) -> tuple[_Shard, int]:
         """The shard of a row, and its number there."""
         number = int(np.searchsorted(self._row_starts, row, "right")) - 1
@@ -225,7 +249,17 @@ class SampleTable:
         for start, stop in runs.reshape(-1, 2).tolist():
             mask[start:stop] = True
         instead = shard.instead[shard.instead_offsets[row] : shard.instead_offsets[row + 1]]
-        return Sample(ids, mask, instead.reshape(-1, 2) if len(instead) else None)
+        starts = None
+        if shard.starts is not None:
+            values, offsets = shard.starts
+            starts = values[offsets[row] : offsets[row + 1]]
+        return Sample(
+            ids,
+            mask,
+            instead.reshape(-1, 2) if len(instead) else None,
+            starts,
+            None if shard.is_wanted is None else bool(shard.is_wanted[row]),
+        )
 
 
 class _Blocks:

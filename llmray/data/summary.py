@@ -11,6 +11,7 @@ log = getLogger("llmray")
 LEFT_OUT = {
     "bad": "rows cannot be read and were left out",
     "over_limit": "rows have more tokens than cutoff_len and were left out",
+    "equal": "pairs were left out, since their answers are the same within cutoff_len",
     "without_target": "rows were left out, since within cutoff_len no response is left of them",
 }
 
@@ -29,6 +30,8 @@ def say(counts: Mapping[str, Any], truncation: str, seconds: float) -> None:
     parts.append(f"{counts['truncated']} rows cut to cutoff_len (truncation: {truncation})")
     if counts["over_limit"]:
         parts.append(f"{counts['over_limit']} rows over cutoff_len left out")
+    if counts["equal"]:
+        parts.append(f"{counts['equal']} pairs of equal answers left out")
     if counts["empty"]:
         parts.append(f"{counts['empty']} empty rows left out")
     if counts["bad"]:

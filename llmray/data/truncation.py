@@ -150,7 +150,7 @@ def structured(turns: Sequence[TurnSections], cutoff_len: int, last_first: bool)
     room = cutoff_len
     for number in reversed(order) if last_first else order:
         source, target = turns[number]
-        shares = _shares(source, target, room)
+        shares = _shares(source, [target], room)
         if shares is None:
             break
         kept[number] = [
@@ -161,13 +161,40 @@ def structured(turns: Sequence[TurnSections], cutoff_len: int, last_first: bool)
     return [span for number in sorted(kept) for span in kept[number]]
 
 
+def structured_answers(
+    past: Sequence[TurnSections],
+    source: Sequence[Section],
+    answers: Sequence[Sequence[Section]],
+    cutoff_len: int,
+) -> tuple[list[tuple[int, int]], list[list[tuple[int, int]]]] | None:
+    """`structure` for a prompt and answers to it, each of which is a row with the prompt.
+
+    The prompt is cut as for the longest answer, and all answers get the same room.
+
+    Args:
+        past: sections of the turns before.
+        source: of the last prompt.
+        answers: of each answer.
+        cutoff_len: tokens to keep of the prompt and any of the answers.
+
+    Returns: which tokens of the prompt stay, and which of each answer; None where nothing fits.
+    """
+    shares = _shares(source, answers, cutoff_len)
+    if shares is None:
+        return None
+    kept = structured(past, cutoff_len - sum(shares), last_first=True)
+    prompt = [(span.start, span.stop) for span in kept] + _shortened(source, shares[0])
+    rooms = (min(_length(answer), shares[1]) for answer in answers)
+    return prompt, [_shortened(*pair) for pair in zip(answers, rooms, strict=True)]
+
+
 def _shares(
-    source: Sequence[Section], target: Sequence[Section], room: int
+    source: Sequence[Section], targets: Sequence[Sequence[Section]], room: int
 ) -> tuple[int, int] | None:
-    """How many tokens of a source and its target stay; None where the turn does not fit."""
-    source_len, target_len = _length(source), _length(target)
+    """How many tokens of a source and of its longest target stay; None where these do not fit."""
+    source_len, target_len = _length(source), max(map(_length, targets))
     least_source = source_len - _length(source, content=True)
-    least_target = target_len - max(_length(target, content=True) - 1, 0)
+    least_target = max(_length(t) - max(_length(t, content=True) - 1, 0) for t in targets)
     if least_source + least_target > room:
         return None
     share, _ = budgets(source_len, target_len, room)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, field
+from operator import add
 
 from llmray.data.batches import Batches
 from llmray.train.engine import Engine
-from llmray.train.losses import Objective
+from llmray.train.losses import StageObjective
 from llmray.train.reading import Ahead, Reader, Rows
 
 ALONE = Ahead()
@@ -17,7 +18,7 @@ ALONE = Ahead()
 def evaluate(
     engine: Engine,
     tables: Mapping[str, Rows],
-    objective: Objective,
+    objective: StageObjective,
     per_device: int,
     *,
     whole: str = "eval",
@@ -41,41 +42,54 @@ def evaluate(
         started = time.perf_counter()
         sums = _sums(engine, rows, objective, per_device, accuracy, ahead)
         seconds = time.perf_counter() - started
-        metrics |= sums.metrics(name)
+        metrics |= sums.metrics(name, objective)
         metrics |= {
             f"{name}_runtime": round(seconds, 4),
             f"{name}_samples_per_second": round(len(rows.table) / seconds, 3),
         }
         together = together + sums
     if whole not in tables:
-        metrics |= together.metrics(whole)
+        metrics |= together.metrics(whole, objective)
     # times differ from rank to rank, and what follows from metrics must not
     return engine.world.broadcast(metrics)
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Sums over rows of all ranks; `right` and `targets` stay 0 where no accuracy is asked for."""
+    """Sums over rows of all ranks; `right` and `targets` stay 0 where no accuracy is asked for.
+
+    `others` are those of the objective's metrics, by name.
+    """
 
     loss: float = 0.0
     count: float = 0.0
     right: float = 0.0
     targets: float = 0.0
+    others: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def plain(self) -> tuple[float, ...]:
+        return (self.loss, self.count, self.right, self.targets)
 
     def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        names = dict.fromkeys([*self.others, *other.others])
+        loss, count, right, targets = map(add, self.plain, other.plain)
+        others = {name: self.others.get(name, 0.0) + other.others.get(name, 0.0) for name in names}
+        return _Sums(loss, count, right, targets, others)
 
-    def metrics(self, prefix: str) -> dict[str, float]:
-        found = {f"{prefix}_loss": self.loss / max(1.0, self.count)}
+    def metrics(self, prefix: str, objective: StageObjective) -> dict[str, float]:
+        count = max(1.0, self.count)
+        found = {f"{prefix}_loss": self.loss / count}
         if self.targets:
             found[f"{prefix}_accuracy"] = self.right / self.targets
-        return found
+        means = {name: value / count for name, value in self.others.items()}
+        return found | {f"{prefix}_{k}": v for k, v in objective.described(means).items()}
 
 
 def _sums(
     engine: Engine,
     rows: Rows,
-    objective: Objective,
+    objective: StageObjective,
     per_device: int,
     accuracy: bool,
     ahead: Ahead,
@@ -90,9 +104,13 @@ def _sums(
         for read in reader.step(step):
             batch = read.to(world.device)
             output = engine.logprobs(batch, top1=accuracy)
-            loss = objective(output, batch).loss.item()
+            part = objective(output, batch)
             right = 0.0 if output.is_top1 is None else output.is_top1.sum().item()
             targets = batch.targets.numel() if accuracy else 0
-            mine = mine + _Sums(loss, objective.count(batch), right, targets)
+            parts = {name: value.item() for name, value in part.metrics.items()}
+            units = objective.count(batch)
+            mine = mine + _Sums(part.loss.item(), units, right, targets, parts)
     reader.close()
-    return _Sums(*world.sum(astuple(mine)))
+    # every rank has a batch, be it an empty one: all have the same names
+    loss, count, right_ones, num, *others = world.sum([*mine.plain, *mine.others.values()])
+    return _Sums(loss, count, right_ones, num, dict(zip(mine.others, others, strict=True)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -142,6 +142,9 @@ class Loop:
     observers: Sequence[Observer] = ()
     report: Callable[[dict[str, float], str | None], None] | None = None
     figures: Callable[[Progress], dict[str, float]] | None = None  # further ones of a log line
+    described: Callable[[Mapping[str, float]], dict[str, float]] = (
+        dict  # metrics as they are logged
+    )
 
 
 @dataclass(frozen=True)
@@ -270,7 +273,8 @@ class _Window:
             **{f"lr_{name}": rate for name, rate in self.last.other_rates.items()},
             "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
         }
-        record |= {name: value / steps for name, value in progress.metric_sums.items()}
+        means = {name: value / steps for name, value in progress.metric_sums.items()}
+        record |= self.loop.described(means)
         if self.loop.figures is not None:
             record |= self.loop.figures(progress)
         progress.total_loss += progress.loss_sum

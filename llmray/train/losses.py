@@ -5,6 +5,7 @@ Shape suffixes: n targets of a batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,6 +39,14 @@ class Objective(Protocol):
         ...
 
 
+class StageObjective(Objective, Protocol):
+    """The loss of a stage that learns from rows."""
+
+    def described(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Metrics as they are logged, from those of `LossOutput` as means over units."""
+        ...
+
+
 class LanguageModeling:
     """Next-token cross entropy, -sum of log p(target), in nats; its unit is the target token."""
 
@@ -48,3 +57,7 @@ class LanguageModeling:
     def __call__(self, output: TokenOutput, batch: Batch) -> LossOutput:
         """The negative sum of the log-probabilities of all targets."""
         return LossOutput(loss=-output.logprobs.sum())  # logprobs (n,)
+
+    def described(self, means: Mapping[str, float]) -> dict[str, float]:
+        """The loss says it all: there are none."""
+        return dict(means)

@@ -7,7 +7,7 @@ their number. Rows are memory-mapped: threads share them without a copy.
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -34,7 +34,7 @@ class Rows:
 
     def batch(self, indices: np.ndarray) -> Batch:
         """One micro-batch of these rows; no rows give one token without a target."""
-        return self._collate(self._samples(indices))
+        return replace(self._collate(self._samples(indices)), rows=tuple(indices.tolist()))
 
     def batches(self, indices: np.ndarray) -> list[Batch]:
         """One micro-batch of these rows; several, none larger than the bins, where it `splits`."""

@@ -1,11 +1,15 @@
-"""The stages: which features a row becomes, and which objective reads them. A stage is a row."""
+"""The stages: which objective reads a batch, and whether against a reference. A stage is a row.
+
+What a row of the data becomes in a stage is in `llmray.data.features`: OF_STAGE names its features.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmray.train.losses import LanguageModeling, Objective
+from llmray.arguments.run import RunArguments
+from llmray.train.losses import LanguageModeling, StageObjective
 
 
 @dataclass(frozen=True)
@@ -13,14 +17,20 @@ class Stage:
     """One training stage.
 
     `objective` makes the loss; `best` names the metric by which checkpoints are compared and
-    whether a smaller or a larger value is better.
+    whether a smaller or a larger value is better; `uses_reference` says whether the loss compares
+    with a reference model.
     """
 
-    objective: Callable[[], Objective]
+    objective: Callable[[RunArguments], StageObjective]
     best: tuple[str, str]
+    uses_reference: Callable[[RunArguments], bool] = lambda arguments: False
+
+
+def _language_modeling(arguments: RunArguments) -> StageObjective:
+    return LanguageModeling()
 
 
 STAGES: dict[str, Stage] = {
-    "pt": Stage(objective=LanguageModeling, best=("eval_loss", "min")),
-    "sft": Stage(objective=LanguageModeling, best=("eval_loss", "min")),
+    "pt": Stage(objective=_language_modeling, best=("eval_loss", "min")),
+    "sft": Stage(objective=_language_modeling, best=("eval_loss", "min")),
 }

@@ -171,6 +171,7 @@ COMBINED = {
     },
     ("use_asft_loss", "finetuning_type"): {"use_asft_loss": True},
     ("reward_model_type", "finetuning_type"): {"stage": "ppo", "finetuning_type": "full"},
+    ("streaming", "stage"): {"streaming": True, "stage": "kto"},
     ("streaming", "max_samples"): {"streaming": True, "max_samples": 8},
     ("streaming", "mix_strategy"): {"streaming": True, "mix_strategy": "interleave_over"},
     ("streaming", "bad_rows"): {"streaming": True, "bad_rows": "quarantine"},

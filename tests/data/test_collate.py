@@ -91,3 +91,56 @@ def test_samples_of_like_length_share_a_rectangle() -> None:
 def test_a_sample_larger_than_the_cells_stands_alone() -> None:
     assert split([20, 20, 1], 12) == [[0], [1], [2]]
     assert split([], 12) == []
+
+
+# --- answers that share a prompt -----------------------------------------------------------------
+
+PAIR = replace(sample([5, 6, 7, 8, 9], [2, 3, 4]), starts=np.array([2, 4], np.int32))
+
+
+def test_a_pair_in_a_flat_row_by_hand() -> None:
+    """Prompt 5 6, chosen 7 8, rejected 9 at place 4, which place 1 predicts, behind one token."""
+    batch = collate([sample([3], []), PAIR], flat=True, pad_id=0)
+    assert batch.input_ids.tolist() == [[3, 5, 6, 7, 8, 9]]
+    assert batch.position_ids.tolist() == [[0, 0, 1, 2, 3, 2]]
+    assert batch.targets.tolist() == [2, 3, 2]
+    assert batch.target_ids.tolist() == [7, 8, 9]
+    assert batch.target_sample.tolist() == [1, 1, 2]
+    assert (batch.num_samples, batch.num_tokens) == (3, 6)
+    assert batch.segments is not None
+    assert batch.segments.lengths_q == (1, 4, 1)
+    assert batch.segments.lengths_k == (1, 4, 3)
+    assert batch.segments.key_index is not None
+    assert batch.segments.key_index.tolist() == [0, 1, 2, 3, 4, 1, 2, 5]
+
+
+def test_a_pair_in_a_rectangle_is_two_rows() -> None:
+    batch = collate([PAIR, PAIR], flat=False, pad_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 9, 0]] * 2
+    assert batch.targets.tolist() == [1, 2, 5, 9, 10, 13]
+    assert batch.target_ids.tolist() == [7, 8, 9, 7, 8, 9]
+    assert batch.target_sample.tolist() == [0, 0, 1, 2, 2, 3]
+    assert (batch.num_samples, batch.num_tokens) == (4, 14)
+
+
+def test_a_pair_without_a_prompt() -> None:
+    """Nothing predicts the first tokens 5 and 8."""
+    row = replace(sample([5, 6, 7, 8, 9], [1, 2, 4]), starts=np.array([0, 3], np.int32))
+    batch = collate([row], flat=True, pad_id=0)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
+    assert batch.targets.tolist() == [0, 1, 3]
+    assert batch.target_ids.tolist() == [6, 7, 9]
+    assert batch.target_sample.tolist() == [0, 0, 1]
+
+
+def test_judged_rows_bring_mismatched_ones() -> None:
+    other = sample([5, 6, 1], [2])
+    row = replace(sample([5, 6, 7], [2]), is_wanted=False, mismatched=other)
+    batch = collate([replace(row, is_wanted=True), row], flat=True, pad_id=0)
+    assert batch.is_wanted is not None
+    assert batch.is_wanted.tolist() == [True, False]
+    assert batch.mismatched is not None
+    assert batch.mismatched.input_ids.tolist() == [[5, 6, 1, 5, 6, 1]]
+    moved = batch.map(lambda tensor: tensor + 0)
+    assert moved.mismatched is not None
+    assert moved.mismatched.target_ids.tolist() == [1, 1]

@@ -312,7 +312,7 @@ def test_a_pair_of_alpaca_has_two_responses_to_one_prompt() -> None:
     assert found == Conversation(
         said(("user", "do\nthis")),
         chosen=Message("assistant", "good"),
-        rejected=Message("assistant", "worse"),
+        rejected=(Message("assistant", "worse"),),
     )
 
 
@@ -326,7 +326,7 @@ def test_a_pair_of_sharegpt_ends_with_the_prompt() -> None:
         said(("user", "q"), ("assistant", "a"), ("user", "q")),
         "s",
         chosen=Message("assistant", "good"),
-        rejected=Message("function", "", calls=(ToolCall("f", {}),)),
+        rejected=(Message("function", "", calls=(ToolCall("f", {}),)),),
     )
 
 
@@ -347,12 +347,57 @@ def test_a_pair_of_sharegpt_ends_with_the_prompt() -> None:
             "the last message, 2, is a response. Required: human, gpt in turns",
         ),
         ({"conversations": [], "chosen": GOOD, "rejected": WORSE}, "the conversation is empty"),
+        (
+            {"conversations": PROMPT, "chosen": GOOD, "rejected": []},
+            "'rejected' is empty. Required: one answer or more",
+        ),
+        (
+            {"conversations": PROMPT, "chosen": {**GOOD, "value": " "}, "rejected": WORSE},
+            "'chosen' is empty. Required: an answer",
+        ),
+        (
+            {"conversations": PROMPT, "chosen": GOOD, "rejected": [WORSE, {**WORSE, "value": ""}]},
+            "'rejected' is empty. Required: an answer",
+        ),
     ],
 )
 def test_a_wrong_pair_is_refused(row: Any, words: str) -> None:
     with pytest.raises(RowError) as error:
         to_conversation(row, SHAREGPT, "pair")
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("layout", "row"),
+    [
+        (RowFormat("alpaca"), {"instruction": "q", "chosen": "a", "rejected": ["b", "c"]}),
+        (
+            SHAREGPT,
+            {
+                "conversations": PROMPT,
+                "chosen": {"from": "gpt", "value": "a"},
+                "rejected": [{"from": "gpt", "value": letter} for letter in "bc"],
+            },
+        ),
+    ],
+)
+def test_several_rejected_are_several_pairs(layout: RowFormat, row: Any) -> None:
+    pairs = to_conversation(row, layout, "pair").pairs()
+    assert [pair.messages for pair in pairs] == [said(("user", "q"))] * 2
+    assert [pair.chosen for pair in pairs] == [Message("assistant", "a")] * 2
+    assert [pair.rejected for pair in pairs] == [(Message("assistant", letter),) for letter in "bc"]
+
+
+def test_rejected_texts_must_be_texts() -> None:
+    row = {"instruction": "q", "chosen": "a", "rejected": ["b", 3]}
+    with pytest.raises(RowError, match=r"'rejected' is int 3\. Required: text"):
+        to_conversation(row, RowFormat("alpaca"), "pair")
+
+
+def test_a_judged_response_says_something() -> None:
+    row = {"instruction": "q", "output": " ", "kto_tag": True}
+    with pytest.raises(RowError, match=r"the last response is empty\. Required"):
+        to_conversation(row, RowFormat("alpaca"), "judged")
 
 
 @pytest.mark.parametrize(
