@@ -1,0 +1,86 @@
+"""Handles: how the loop calls a role without knowing where it lives, and the one for this process.
+
+A role that moves to a machine of its own changes its handle, not the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from llmray.errors import RewardError
+
+
+class HandleLost(RewardError):
+    """The one behind a handle is gone or does not serve; others may take over what it was asked."""
+
+
+class Handle(Protocol):
+    """One that can be called from afar; `name` is for messages.
+
+    What scores has the methods `score(answers) -> list[float]` and `ping() -> None`. A future fails
+    with `HandleLost` where another handle may be tried, with anything else where the request is
+    at fault.
+    """
+
+    name: str
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        """Start `method`; the future has its result."""
+        ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response to be scored, as text; picklable.
+
+    `id` names it across retries: run, step, rank, index. `text`, prompt and response together, is
+    what the policy read and wrote, in its template. `label` is the response of the data set, for
+    rewards that verify.
+    """
+
+    id: str
+    prompt: str
+    response: str
+    label: str = ""
+    num_tokens: int = 1
+
+    @property
+    def text(self) -> str:
+        """Prompt and response."""
+        return self.prompt + self.response
+
+
+class Scores(Protocol):
+    """What gives rewards: one float an answer."""
+
+    def score(self, answers: Sequence[Answer]) -> list[float]:
+        """The rewards, in order."""
+        ...
+
+
+class InProcess:
+    """A handle of an object in this process; its methods run in threads of their own.
+
+    Args:
+        name: for messages.
+        served: what has the methods.
+        num_threads: how many calls run at one time.
+    """
+
+    def __init__(self, name: str, served: Any, num_threads: int = 1) -> None:
+        self.name = name
+        self._served = served
+        self._threads = ThreadPoolExecutor(num_threads, f"handle-{name}")
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        """Start a method of the object; `ping` is answered where it has none."""
+        if method == "ping" and not hasattr(self._served, "ping"):
+            return self._threads.submit(lambda: None)
+        return self._threads.submit(getattr(self._served, method), *args)
+
+    def close(self) -> None:
+        """Let the running calls end, and start no more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

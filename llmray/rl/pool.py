@@ -1,0 +1,456 @@
+"""A pool of handles that score: batches by tokens, the less loaded first, failover. No Ray.
+
+One thread owns all of its state and acts on what is posted to it: submissions, answers, deadlines.
+A handle that is lost or hangs is taken out, what it was asked goes to others, and it is let back in
+when it answers again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from logging import getLogger
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, Literal
+
+from llmray.errors import RewardError
+from llmray.rl.handles import Answer, Handle, HandleLost
+
+log = getLogger("llmray")
+
+Reason = Literal["lost", "hung"]
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """How a pool works; times in seconds.
+
+    Attributes:
+        batch_tokens: most tokens of a batch; one answer at least is in each.
+        batching: of what waits when a handle is free (arrival), or of what was submitted together,
+            in its order (fixed), so that nothing depends on when things happen.
+        slots: batches that a handle is given at one time, one of which waits for the other.
+        request_timeout_s: without an answer for so long a handle hangs.
+        timeout_s: how long to wait where all handles are gone.
+        max_attempts: after so many failures an answer has no score.
+        on_error: what then happens: the run fails, the answer is masked (its score is NaN), or it
+            gets `error_value`.
+        probe_every_s: how often a handle that was taken out is asked whether it is back.
+    """
+
+    batch_tokens: int = 8192
+    batching: Literal["arrival", "fixed"] = "arrival"
+    slots: int = 2
+    request_timeout_s: float = 120.0
+    timeout_s: float = 600.0
+    max_attempts: int = 3
+    on_error: Literal["fail", "mask", "value"] = "fail"
+    error_value: float = 0.0
+    probe_every_s: float = 2.0
+
+
+@dataclass(frozen=True)
+class PoolCounts:
+    """What has happened so far; `busy_s` is that of all handles together."""
+
+    scored: int = 0
+    failed: int = 0  # without a score: masked, or given the value
+    retried: int = 0
+    evicted: int = 0
+    readmitted: int = 0
+    busy_s: float = 0.0
+
+
+@dataclass
+class _Submission:
+    scores: list[float]
+    left: int
+    future: Future[list[float]]
+
+
+@dataclass
+class _Piece:
+    """Answers that are sent together, and where their scores go."""
+
+    answers: list[Answer]
+    places: list[tuple[_Submission, int]]
+    attempts: int = 0
+    avoided: Handle | None = None
+
+    @property
+    def tokens(self) -> int:
+        return sum(answer.num_tokens for answer in self.answers)
+
+    def part(self, which: slice) -> _Piece:
+        return replace(self, answers=self.answers[which], places=self.places[which])
+
+
+class _Queue:
+    """Pieces that wait, and how many tokens they have together."""
+
+    def __init__(self) -> None:
+        self.pieces: deque[_Piece] = deque()
+        self.tokens = 0
+
+    def put(self, pieces: Sequence[_Piece]) -> None:
+        self.pieces.extend(pieces)
+        self.tokens += sum(piece.tokens for piece in pieces)
+
+    def put_first(self, pieces: Sequence[_Piece]) -> None:
+        self.pieces.extendleft(reversed(pieces))
+        self.tokens += sum(piece.tokens for piece in pieces)
+
+    def pop(self) -> _Piece:
+        piece = self.pieces.popleft()
+        self.tokens -= piece.tokens
+        return piece
+
+    def drop(self, submission: _Submission) -> None:
+        """Take out the pieces that are of one submission alone."""
+        kept = [p for p in self.pieces if any(owner is not submission for owner, _ in p.places)]
+        self.pieces, self.tokens = deque(kept), sum(piece.tokens for piece in kept)
+
+
+@dataclass(eq=False)
+class _Member:
+    """A handle and what it is doing."""
+
+    handle: Handle
+    calls: list[_Call] = field(default_factory=list)
+    progress: float = 0.0  # when it last answered, or was given something while idle
+    is_out: bool = False
+    probe: Future[Any] | None = None
+    next_probe: float = 0.0
+    reason: str = ""
+
+    @property
+    def tokens(self) -> int:
+        return sum(call.piece.tokens for call in self.calls)
+
+
+@dataclass(eq=False)
+class _Call:
+    piece: _Piece
+    started: float
+
+
+class Pool:
+    """Scores of answers from several handles.
+
+    Args:
+        handles: at least one.
+        options: how.
+        first: which handle is preferred of those equally loaded; ranks differ in it.
+        on_evict: told, in the pool's thread, of a handle that was taken out and why; a hung one is
+            to be killed by whoever can.
+    """
+
+    def __init__(
+        self,
+        handles: Sequence[Handle],
+        options: PoolOptions,
+        first: int = 0,
+        on_evict: Callable[[Handle, Reason], None] = lambda handle, reason: None,
+    ) -> None:
+        if not handles:
+            raise ValueError("a pool needs a handle")
+        turn = first % len(handles)
+        self._members = [_Member(handle) for handle in (*handles[turn:], *handles[:turn])]
+        self._options = options
+        self._on_evict = on_evict
+        self._waiting = _Queue()
+        self._counts = PoolCounts()
+        self._gone_since: float | None = None
+        self._events: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = Thread(target=self._run, name="reward-pool", daemon=True)
+        self._thread.start()
+
+    @property
+    def counts(self) -> PoolCounts:
+        """What has happened so far."""
+        return self._counts
+
+    @property
+    def num_handles(self) -> int:
+        """How many there are, those that are out too."""
+        return len(self._members)
+
+    def submit(self, answers: Sequence[Answer]) -> Future[list[float]]:
+        """Ask for the scores of `answers`; the future has them in order, NaN where masked.
+
+        It fails with a `RewardError` where an answer has no score and `on_error` is fail, and where
+        all handles were gone for too long.
+        """
+        future: Future[list[float]] = Future()
+        if not answers:
+            future.set_result([])
+            return future
+        submission = _Submission([math.nan] * len(answers), len(answers), future)
+        places = [(submission, place) for place in range(len(answers))]
+        whole = _Piece(list(answers), places)
+        self._events.put(lambda: self._waiting.put(self._pieces(whole)))
+        return future
+
+    def close(self) -> None:
+        """End the pool; what is still waiting fails."""
+        self._events.put(None)
+        self._thread.join()
+
+    # everything below runs in the pool's thread
+
+    def _run(self) -> None:
+        while True:
+            self._dispatch()
+            try:
+                event = self._events.get(timeout=self._pause())
+            except Empty:
+                self._look_at_clock()
+                continue
+            if event is None:
+                break
+            event()
+            self._look_at_clock()
+        self._fail_all(RewardError("the pool of reward models was closed"))
+
+    def _pieces(self, whole: _Piece) -> list[_Piece]:
+        """What is queued of a submission: single answers, or batches that stay as they are."""
+        size = len(whole.answers)
+        if self._options.batching == "arrival":
+            return [whole.part(slice(i, i + 1)) for i in range(size)]
+        budget = self._share(whole.tokens, len(self._members) * self._options.slots)
+        pieces, start = [], 0
+        while start < size:
+            stop = _fill([answer.num_tokens for answer in whole.answers[start:]], budget) + start
+            pieces.append(whole.part(slice(start, stop)))
+            start = stop
+        return pieces
+
+    def _share(self, tokens: int, slots: int) -> int:
+        return min(self._options.batch_tokens, math.ceil(tokens / slots))
+
+    def _dispatch(self) -> None:
+        while self._waiting.pieces:
+            free = [m for m in self._members if self._slots(m)]
+            if not free:
+                return
+            piece = self._next_piece(sum(map(self._slots, free)))
+            others = [m for m in free if m.handle is not piece.avoided] or free
+            self._send(piece, min(others, key=lambda m: m.tokens))
+
+    def _slots(self, member: _Member) -> int:
+        return 0 if member.is_out else self._options.slots - len(member.calls)
+
+    def _next_piece(self, slots: int) -> _Piece:
+        """The piece at the head; where batches follow arrival, with those behind it."""
+        budget = self._share(self._waiting.tokens, slots)
+        piece = self._waiting.pop()
+        if self._options.batching == "fixed" or piece.attempts:
+            return piece
+        tokens, pieces = piece.tokens, self._waiting.pieces
+        answers, places = list(piece.answers), list(piece.places)
+        while pieces and not pieces[0].attempts and tokens + pieces[0].tokens <= budget:
+            following = self._waiting.pop()
+            tokens += following.tokens
+            answers += following.answers
+            places += following.places
+        return _Piece(answers, places)
+
+    def _send(self, piece: _Piece, member: _Member) -> None:
+        now = time.monotonic()
+        if not member.calls:
+            member.progress = now
+        call = _Call(piece, now)
+        member.calls.append(call)
+        try:
+            future = member.handle.call("score", list(piece.answers))
+        except Exception as error:  # a boundary: whatever a handle raises is its failure
+            future = Future()
+            future.set_exception(HandleLost(f"{member.handle.name}: {error}"))
+        future.add_done_callback(
+            lambda done: self._events.put(lambda: self._answered(member, call, done))
+        )
+
+    def _answered(self, member: _Member, call: _Call, done: Future[Any]) -> None:
+        if call not in member.calls:
+            return  # given up before
+        now = time.monotonic()
+        member.calls.remove(call)
+        self._count(busy_s=now - max(call.started, member.progress))
+        member.progress = now
+        error = done.exception() if not done.cancelled() else HandleLost("its call was cancelled")
+        if isinstance(error, HandleLost):
+            self._evict(member, "lost", str(error))
+            self._retry(member, call.piece, error)
+        elif error is not None:
+            self._split(member, call.piece, error)
+        else:
+            self._take(member, call.piece, done.result())
+
+    def _take(self, member: _Member, piece: _Piece, scores: Any) -> None:
+        problem = _why_not_scores(scores, len(piece.answers))
+        if problem is not None:
+            self._split(member, piece, RewardError(f"{member.handle.name} {problem}"))
+            return
+        for i, score in enumerate(scores):
+            if math.isfinite(score):
+                self._count(scored=1)
+                self._settle(*piece.places[i], float(score))
+            else:
+                told = RewardError(f"{member.handle.name} gave the score {score}")
+                self._retry(member, piece.part(slice(i, i + 1)), told)
+
+    def _split(self, member: _Member, piece: _Piece, error: BaseException) -> None:
+        """After a failure that is the request's own: halves, until the answer at fault is alone."""
+        size = len(piece.answers)
+        if size == 1:
+            self._retry(member, piece, error)
+            return
+        # one attempt in number, so that neither half is mixed with others
+        halves = (slice(0, size // 2), slice(size // 2, size))
+        parts = [replace(piece.part(half), attempts=max(1, piece.attempts)) for half in halves]
+        self._waiting.put_first(parts)
+
+    def _retry(self, member: _Member, piece: _Piece, error: BaseException) -> None:
+        again = replace(piece, attempts=piece.attempts + 1, avoided=member.handle)
+        if again.attempts < self._options.max_attempts:
+            self._count(retried=len(piece.answers))
+            self._waiting.put_first([again])
+            return
+        for answer, place in zip(piece.answers, piece.places, strict=True):
+            self._give_up(answer, place, error)
+
+    def _give_up(
+        self, answer: Answer, place: tuple[_Submission, int], error: BaseException
+    ) -> None:
+        options = self._options
+        if options.on_error == "fail":
+            failure = RewardError(
+                f"answer {answer.id} got no score in {options.max_attempts} attempts: {error}. A "
+                "finite number is required. Mend what scores, or set reward_error: mask, which "
+                f"leaves such answers out. Its prompt ends with {answer.prompt[-80:]!r}, the "
+                f"response begins with {answer.response[:80]!r}."
+            )
+            failure.__cause__ = error
+            self._fail(place[0], failure)
+            return
+        if not place[0].future.done():
+            log.warning("answer %s got no score: %s", answer.id, error)
+            self._count(failed=1)
+        self._settle(*place, options.error_value if options.on_error == "value" else math.nan)
+
+    def _settle(self, submission: _Submission, place: int, score: float) -> None:
+        submission.scores[place] = score
+        submission.left -= 1
+        if not submission.left and not submission.future.done():
+            submission.future.set_result(submission.scores)
+
+    def _fail(self, submission: _Submission, error: RewardError) -> None:
+        if not submission.future.done():
+            submission.future.set_exception(error)
+        self._waiting.drop(submission)
+
+    def _fail_all(self, error: RewardError) -> None:
+        pieces = [*self._waiting.pieces, *(call.piece for m in self._members for call in m.calls)]
+        for submission, _ in [place for piece in pieces for place in piece.places]:
+            self._fail(submission, error)
+        for member in self._members:
+            member.calls.clear()
+
+    def _evict(self, member: _Member, reason: Reason, told: str) -> None:
+        if member.is_out:
+            return
+        log.warning("reward model %s is %s and taken out: %s", member.handle.name, reason, told)
+        self._count(evicted=1)
+        member.is_out, member.reason = True, told
+        member.next_probe = time.monotonic() + self._options.probe_every_s
+        for call in reversed(member.calls):
+            self._retry(member, call.piece, HandleLost(told))
+        member.calls.clear()
+        with suppress(Exception):  # a boundary: what cannot be killed stays out
+            self._on_evict(member.handle, reason)
+
+    def _probe(self, member: _Member, now: float) -> None:
+        member.next_probe = now + self._options.probe_every_s
+        if member.probe is not None and member.probe.cancel():
+            member.probe = None
+        try:
+            probe = member.handle.call("ping")
+        except Exception:  # a boundary, as in `_send`
+            return
+        member.probe = probe
+        probe.add_done_callback(lambda done: self._events.put(lambda: self._back(member, done)))
+
+    def _back(self, member: _Member, done: Future[Any]) -> None:
+        if not member.is_out or done.cancelled() or done.exception() is not None:
+            return
+        log.info("reward model %s answers again", member.handle.name)
+        member.is_out, member.probe, member.progress = False, None, time.monotonic()
+        self._count(readmitted=1)
+
+    def _look_at_clock(self) -> None:
+        """Do what is due: take out who hangs, ask who is out, give up where all are gone."""
+        now, options = time.monotonic(), self._options
+        for member in self._members:
+            if member.is_out and now >= member.next_probe:
+                self._probe(member, now)
+            elif member.calls and now >= self._deadline(member):
+                self._evict(member, "hung", f"no answer for {options.request_timeout_s:g} s")
+        if not self._waiting.pieces or not all(member.is_out for member in self._members):
+            self._gone_since = None
+        elif self._gone_since is None:
+            self._gone_since = now
+        elif now - self._gone_since >= options.timeout_s:
+            self._gone_since = None
+            self._fail_all(self._all_gone())
+
+    def _all_gone(self) -> RewardError:
+        reasons = "; ".join(f"{m.handle.name}: {m.reason}" for m in self._members[:3])
+        return RewardError(
+            f"all {len(self._members)} reward models have been gone for "
+            f"{self._options.timeout_s:g} s ({reasons}). One that answers is required. Mend them, "
+            "or give them more time to come back with reward_timeout_s."
+        )
+
+    def _deadline(self, member: _Member) -> float:
+        """When a member counts as hung: without any answer, or one call long behind the others."""
+        limit = self._options.request_timeout_s
+        oldest = min(call.started for call in member.calls)
+        return min(member.progress + limit, oldest + limit * self._options.slots)
+
+    def _pause(self) -> float | None:
+        """Seconds until something is due, None where nothing is."""
+        due = [self._deadline(m) for m in self._members if m.calls]
+        due += [m.next_probe for m in self._members if m.is_out]
+        if self._gone_since is not None:
+            due.append(self._gone_since + self._options.timeout_s)
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    def _count(self, **more: float) -> None:
+        added = {name: value + getattr(self._counts, name) for name, value in more.items()}
+        self._counts = replace(self._counts, **added)
+
+
+def _fill(sizes: Sequence[int], budget: int) -> int:
+    """How many of `sizes`, from the first on, fit into `budget`; at least one."""
+    total = 0
+    for count, size in enumerate(sizes):
+        total += size
+        if total > budget and count:
+            return count
+    return len(sizes)
+
+
+def _why_not_scores(scores: Any, expected: int) -> str | None:
+    """What is wrong with an answer as a whole, None where nothing is."""
+    if not isinstance(scores, list):
+        return f"gave a {type(scores).__name__} where a list of numbers is required"
+    if len(scores) != expected:
+        return f"gave {len(scores)} scores for {expected} answers"
+    odd = [s for s in scores if isinstance(s, bool) or not isinstance(s, int | float)]
+    return f"gave {odd[0]!r} where a number is required" if odd else None

@@ -1,0 +1,150 @@
+"""What scores a response: one source or the weighted sum of several, each by a pool of its own.
+
+Text in, one float an answer out, whatever stands behind: reward models, servers, functions.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Literal, Protocol
+
+from llmray.rl.handles import Answer, Handle, InProcess
+from llmray.rl.pool import Pool, PoolCounts, PoolOptions
+from llmray.rl.reward_api import ApiOptions, RewardApi
+from llmray.rl.reward_function import FunctionReward
+
+Kind = Literal["api", "function", "model"]
+
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The rewards of some answers: their sum, NaN where masked, and each source's by its name."""
+
+    scores: list[float]
+    parts: dict[str, list[float]]
+
+
+class Rewards(Protocol):
+    """What the step of ppo asks for scores."""
+
+    def submit(self, answers: Sequence[Answer]) -> Future[Scored]:
+        """Start scoring; the future has the scores, or a `RewardError`."""
+        ...
+
+    def counts(self) -> PoolCounts:
+        """What has happened so far."""
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the rewards that are added: its name in metrics, its weight, and who scores."""
+
+    name: str
+    weight: float
+    pool: Pool
+
+
+class WeightedRewards:
+    """The weighted sum of the scores of several sources.
+
+    Args:
+        sources: at least one; names differ.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = tuple(sources)
+
+    def submit(self, answers: Sequence[Answer]) -> Future[Scored]:
+        """Start scoring with all sources; the first failure of one is that of the sum."""
+        asked = [source.pool.submit(answers) for source in self._sources]
+        whole: Future[Scored] = Future()
+        lock = Lock()  # pools answer from threads of their own; the last one sums
+
+        def collect(done: Future[list[float]]) -> None:
+            error = done.exception()
+            with lock:
+                if whole.done():
+                    return
+                if error is not None:
+                    whole.set_exception(error)
+                elif all(future.done() for future in asked):
+                    whole.set_result(self._sum([future.result() for future in asked]))
+
+        for future in asked:
+            future.add_done_callback(collect)
+        return whole
+
+    def counts(self) -> PoolCounts:
+        """Of all sources together."""
+        counts = [source.pool.counts for source in self._sources]
+        names = PoolCounts.__dataclass_fields__
+        return PoolCounts(**{name: sum(getattr(c, name) for c in counts) for name in names})
+
+    def close(self) -> None:
+        """End the pools."""
+        for source in self._sources:
+            source.pool.close()
+
+    def _sum(self, scores: list[list[float]]) -> Scored:
+        weights = [source.weight for source in self._sources]
+        pairs = zip(*scores, strict=True)
+        total = [math.fsum(w * s for w, s in zip(weights, each, strict=True)) for each in pairs]
+        parts = zip(self._sources, scores, strict=True)
+        return Scored(total, {source.name: found for source, found in parts})
+
+
+def kind_of(reward_model: str) -> Kind:
+    """What a name in reward_model stands for."""
+    if reward_model.startswith(("http://", "https://")):
+        return "api"
+    return "function" if FUNCTION.fullmatch(reward_model) else "model"
+
+
+def handle_of(reward_model: str, *, folder: Path, api: ApiOptions, num_requests: int = 8) -> Handle:
+    """The handle of a server or of a function.
+
+    Args:
+        reward_model: an address or `module:function`.
+        folder: where modules of functions are looked for.
+        api: how a server is asked.
+        num_requests: to a server at one time; a function runs once at a time.
+
+    Raises:
+        ArgumentsError: the address or the function is none.
+    """
+    if kind_of(reward_model) == "api":
+        return InProcess(reward_model, RewardApi(reward_model, api), num_requests)
+    return InProcess(reward_model, FunctionReward.named(reward_model, folder))
+
+
+def names_of(reward_models: Sequence[str]) -> list[str]:
+    """Short names for metrics: the last part of each, numbered where two would be equal."""
+    names: list[str] = []
+    for model in reward_models:
+        last = re.split(r"[/:]", model.rstrip("/"))[-1]
+        short = re.sub(r"[^\w.-]", "_", last) or "reward"
+        same = sum(name == short or name.startswith(f"{short}_") for name in names)
+        names.append(f"{short}_{same + 1}" if same else short)
+    return names
+
+
+__all__ = [
+    "Kind",
+    "PoolOptions",
+    "Rewards",
+    "Scored",
+    "Source",
+    "WeightedRewards",
+    "handle_of",
+    "kind_of",
+    "names_of",
+]
