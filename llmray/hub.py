@@ -47,7 +47,7 @@ def resolve(
     Args:
         name: a folder, a .gguf file, a folder that holds one .gguf file and no config.json, or
             the name of a hub repository.
-        model_args: revision, cache folder and token of the hub.
+        model_args: revision, cache folder and token of the hub; the folder of an adapter in it.
         kind: what it must hold.
         weights: whether weights are fetched from a hub too, or only the files around them.
 
@@ -60,7 +60,7 @@ def resolve(
     if path.is_file():
         return _of_file(path)
     if path.is_dir():
-        return _of_folder(path, kind)
+        return _of_folder(path / _inside(model_args, kind), kind)
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
         raise ModelError(
             f"{KEYS[kind]}={name}: there is no such folder. A folder with {CONFIGS[kind]} or a "
@@ -145,7 +145,12 @@ def _of_hub(name: str, model_args: ModelArguments, kind: Kind, weights: bool) ->
             f"{first_line}. A folder or the name of a repository that this machine can fetch is "
             "required: correct it, log in (HF_TOKEN), or fetch it where there is a network."
         ) from error
-    return _of_folder(path, kind)
+    return _of_folder(path / _inside(model_args, kind), kind)
+
+
+def _inside(model_args: ModelArguments, kind: Kind) -> str:
+    """The folder within a repository, or within a folder here, that holds an adapter."""
+    return (model_args.adapter_folder or "") if kind == "adapter" else ""
 
 
 def _converted(gguf: Path) -> Path:

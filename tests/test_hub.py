@@ -183,6 +183,20 @@ def test_a_snapshot_that_is_in_the_hubs_cache_needs_no_network(monkeypatch, tmp_
     assert hub.resolve("org/tiny", arguments) == repository / "snapshots" / "abc"
 
 
+def test_an_adapter_in_a_folder_of_a_repository(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--org--adapters"
+    inner = repository / "snapshots" / "abc" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "adapter_config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    arguments = ModelArguments(cache_dir=str(tmp_path), adapter_folder="inner")
+    assert hub.resolve("org/adapters", arguments, kind="adapter") == inner
+    with pytest.raises(ModelError, match=r"has no adapter_config\.json"):
+        hub.resolve("org/adapters", ModelArguments(cache_dir=str(tmp_path)), kind="adapter")
+
+
 def test_files_and_folders_of_the_wrong_kind(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="that goes to adapter_name_or_path"):

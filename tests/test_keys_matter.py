@@ -105,6 +105,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
         write_data(root / name, first)
     made = Site(root)
     (made.train({"lora_rank": 3, "learning_rate": 0.1})).rename(root / "adapter")
+    inner = made.train({"lora_rank": 3, "learning_rate": 0.2, "save_strategy": "no"})
+    inner.rename(root / "adapter" / "inner")
     return made
 
 
@@ -263,6 +265,7 @@ ADAPTER = {"adapter_name_or_path": "@adapter", "lora_rank": 3}
 ROWS: dict[str, Row] = {
     "model_name_or_path": Row("@model", "@other_model"),
     "adapter_name_or_path": Row(..., "@adapter"),
+    "adapter_folder": Row(..., "inner", keys={"adapter_name_or_path": "@adapter"}),
     "create_new_adapter": Row(False, True, weights, ADAPTER),
     "train_from_scratch": Row(False, True, keys=FULL),
     "quantization_bit": Row(4, 8, keys=WIDE),

@@ -176,7 +176,6 @@ NOT_BUILT: dict[str, Gap] = {
         "freeze_language_model",
     ),
     # model
-    "adapter_folder": Gap(f"Adapters in folders of a hub repository are not built yet. {_REMOVE}"),
     **_family(
         f"Changes of the vocabulary are not built yet. {_REMOVE}",
         "resize_vocab",

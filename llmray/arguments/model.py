@@ -34,7 +34,9 @@ class BaseArguments(Group):
         "into it; training continues the last one.",
     )
     adapter_folder: str | None = Field(
-        None, description="Folder inside an adapter's hub repository that holds its weights."
+        None,
+        description="Folder inside each of adapter_name_or_path, on a hub or here, that holds its "
+        "weights.",
     )
     cache_dir: str | None = Field(
         None, description="Folder for what is downloaded from a hub. Not given: the hub's own."

@@ -24,7 +24,7 @@ from llmray.arguments.model import ModelArguments
 from llmray.arguments.problems import given
 from llmray.arguments.run import RunArguments
 from llmray.errors import ArgumentsError, ModelError
-from llmray.model import pissa, targets
+from llmray.model import adapter_files, pissa, targets
 from llmray.model.layers import linear_modules
 from llmray.model.quantize import is_low_bit
 
@@ -96,10 +96,11 @@ def resume(model: PreTrainedModel, name: str, arguments: RunArguments) -> PeftMo
         )
     config = tuned.peft_config["default"]
     log.info(
-        "training on adapter %s: rank %s, alpha %s, as it was saved",
+        "training on adapter %s: rank %s, alpha %s%s, as it was saved",
         name,
         config.r,
         config.lora_alpha,
+        ", with DoRA" if config.use_dora else "",
     )
     return tuned
 
@@ -138,6 +139,7 @@ def _load(
     try:
         config = LoraConfig.from_pretrained(directory)
         started, config.init_lora_weights = config.init_lora_weights, True
+        adapter_files.check(model, directory, config)
         with _no_advice():
             tuned = PeftModel.from_pretrained(
                 model,
@@ -151,6 +153,8 @@ def _load(
             f"the adapter file in {directory} is damaged ({error}). A whole "
             "adapter_model.safetensors is required: correct adapter_name_or_path."
         ) from error
+    except ModelError:
+        raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ModelError(

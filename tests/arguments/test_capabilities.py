@@ -16,6 +16,7 @@ BASE = {
 
 # Keys of which every value works. A key moves here when its last gap in capabilities.py is closed.
 WORKING = """
+adapter_folder
 model_name_or_path adapter_name_or_path cache_dir model_revision disable_gradient_checkpointing
 use_reentrant_gc train_from_scratch infer_dtype hf_hub_token print_param_status trust_remote_code
 compute_dtype device_map model_max_length block_diag_attn

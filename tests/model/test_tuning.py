@@ -1,5 +1,6 @@
 """Which parameters train, in which dtype; adapters made, loaded, merged."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -215,12 +216,61 @@ def test_adapters_that_are_missing_damaged_or_foreign(tmp_path):
         tuned(adapter_name_or_path=str(tmp_path / "nothing"))
     model = tuned()
     path = saved(model, tmp_path / "adapter")
-    with pytest.raises(ModelError, match="does not fit the model"):
-        tuned(build_model(hidden_size=16), adapter_name_or_path=path)
+    with pytest.raises(
+        ModelError, match=r"for model.layers.0.mlp.down_proj it has .* \(64,\), the"
+    ):
+        tuned(build_model(intermediate_size=32), adapter_name_or_path=path)
+    with pytest.raises(
+        ModelError, match=r"modules that the model does not have, first .*layers\.1"
+    ):
+        tuned(build_model(num_hidden_layers=1), adapter_name_or_path=path)
+    with pytest.raises(
+        ModelError, match=r"weights for 14 modules .* An adapter of this very model"
+    ):
+        tuned(build_model("gpt2"), adapter_name_or_path=path)
     weights = Path(path, "adapter_model.safetensors")
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ModelError, match=r"adapter file in .* is damaged"):
         tuned(adapter_name_or_path=path)
+
+
+def test_an_adapter_whose_files_differ_in_rank_is_refused(tmp_path):
+    path = saved(tuned(lora_rank=4, lora_rank_pattern={r".*\.0\..*": 2}), tmp_path / "adapter")
+    assert tuning.trainable(tuned(adapter_name_or_path=path))
+    file = Path(path, "adapter_config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "r": 8}))
+    with pytest.raises(ModelError, match=r"says rank 8 in adapter_config.json, and .* rank 4"):
+        tuned(adapter_name_or_path=path)
+
+
+@pytest.mark.parametrize("target", ["additional_target", "lora_target"])
+def test_an_adapter_of_another_vocabulary_is_refused(target, tmp_path):
+    tied = {"tie_word_embeddings": False}
+    path = saved(tuned(build_model(vocab_size=328, **tied), **{target: "embed_tokens"}), tmp_path)
+    with pytest.raises(ModelError, match=r"a vocabulary of 328 rows, and .*embed_tokens has 320"):
+        tuned(build_model(**tied), adapter_name_or_path=path)
+
+
+def test_an_adapter_of_another_name_is_told(tmp_path, caplog):
+    path = saved(tuned(model_name_or_path="some/other-model"), tmp_path)
+    model = build_model(amplify=2.0)
+    model.name_or_path = "/models/other-model"
+    tuned(model, adapter_name_or_path=path)
+    assert "was made for" not in caplog.text
+    model = build_model(amplify=2.0)
+    model.name_or_path = "some/model"
+    tuned(model, adapter_name_or_path=path)
+    assert "was made for some/other-model and is put on some/model" in caplog.text
+
+
+def test_an_adapter_in_a_folder_of_the_one_that_is_named(tmp_path):
+    model = tuned()
+    shake(model)
+    saved(model, tmp_path / "adapters" / "inner")
+    keys = {"adapter_name_or_path": str(tmp_path / "adapters"), "adapter_folder": "inner"}
+    assert torch.equal(logprobs(tuned(**keys)), logprobs(model))
+    with pytest.raises(ModelError, match="adapters/outer"):
+        tuned(**{**keys, "adapter_folder": "outer"})
 
 
 def test_the_share_of_trainable_parameters_is_told(caplog):
