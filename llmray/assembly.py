@@ -24,8 +24,8 @@ from llmray.data import prepared
 from llmray.data.access import StreamRef
 from llmray.data.prepared import PreparedRef, Table
 from llmray.data.tokenizer import load_tokenizer
-from llmray.model import export, kernels, load, memory, tuning, upcast
-from llmray.model.attention import why_not_flat
+from llmray.model import embedding, export, kernels, load, memory, tuning, upcast
+from llmray.model.attention import causal_lm, why_not_flat
 from llmray.model.head import TokenModel, set_balance
 from llmray.train import optimizers, precision, schedules
 from llmray.train.engine import Engine
@@ -219,6 +219,7 @@ def _core(
         evals={},
         objective=STAGES[arguments.finetuning.stage].objective(arguments),
     )
+    embedding.require_room(causal_lm(engine.model.model), core.tokenizer)
     core.evals |= {name: core.rows(samples) for name, samples in evals.items()}
     return core
 

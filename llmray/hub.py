@@ -5,19 +5,17 @@ Imports nothing heavy until something is to be fetched or converted.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from io import StringIO
 from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from llmray import store
+from llmray import downloads, store
 from llmray.arguments import environment
 from llmray.arguments.model import ModelArguments
 from llmray.errors import ModelError
@@ -47,7 +45,9 @@ def resolve(
     Args:
         name: a folder, a .gguf file, a folder that holds one .gguf file and no config.json, or
             the name of a hub repository.
-        model_args: revision, cache folder and token of the hub; the folder of an adapter in it.
+        model_args: revision (of the model; adapters have repositories of their own, of which the
+            main branch is taken), cache folder and tokens of hubs; the folder of an adapter in its
+            repository.
         kind: what it must hold.
         weights: whether weights are fetched from a hub too, or only the files around them.
 
@@ -67,6 +67,17 @@ def resolve(
             "name on a hub is required: correct the path."
         )
     return _of_hub(str(name), model_args, kind, weights)
+
+
+def resolve_all(model_args: ModelArguments) -> Path:
+    """The folder of a run's model, with all its adapters fetched as well.
+
+    Raises:
+        ModelError: as `resolve`.
+    """
+    for name in model_args.adapter_name_or_path:
+        resolve(name, model_args, kind="adapter")
+    return resolve(model_args.model_name_or_path, model_args)
 
 
 def identity(model_dir: Path | str) -> str:
@@ -114,37 +125,12 @@ def _of_folder(path: Path, kind: Kind) -> Path:
 
 
 def _of_hub(name: str, model_args: ModelArguments, kind: Kind, weights: bool) -> Path:
-    asked = environment.other_hub(os.environ)
-    if asked is not None:
-        raise ModelError(
-            f"{KEYS[kind]}={name} is no folder here, and {asked} asks for it from "
-            f"{environment.OTHER_HUBS[asked]}, from which downloads are not built yet. Fetch it by "
-            f"that hub's own tool and name the folder, or unset {asked} for Hugging Face's hub."
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
-
-    token = model_args.hf_hub_token
-    settings: dict[str, Any] = {
-        "revision": model_args.model_revision if kind == "model" else None,
-        "cache_dir": model_args.cache_dir,
-        "token": token.get_secret_value() if token is not None else None,
-    }
-    if os.environ.get("LOCAL_RANK", "0") != "0" and not are_progress_bars_disabled():
-        disable_progress_bars()
-    try:
-        unused = [*UNUSED] if weights else [*UNUSED, "*.safetensors"]
-        path = Path(snapshot_download(name, ignore_patterns=unused, **settings))
-        if weights and kind == "model" and not any(path.glob("*.safetensors")):
-            path = Path(snapshot_download(name, ignore_patterns=list(UNUSED[1:]), **settings))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"{KEYS[kind]}={name}: there is no such folder here, and the hub gave none: "
-            f"{first_line}. A folder or the name of a repository that this machine can fetch is "
-            "required: correct it, log in (HF_TOKEN), or fetch it where there is a network."
-        ) from error
+    revision = model_args.model_revision if kind == "model" else None
+    words = (name, KEYS[kind], model_args, revision)
+    unused = UNUSED if weights else (*UNUSED, "*.safetensors")
+    path = downloads.fetch(*words, unused)
+    if weights and kind == "model" and not any(path.glob("*.safetensors")):
+        path = downloads.fetch(*words, UNUSED[1:])
     return _of_folder(path / _inside(model_args, kind), kind)
 
 
@@ -160,7 +146,7 @@ def _converted(gguf: Path) -> Path:
     target = root / f"{gguf.stem}-{key}"
     if store.is_committed(target):
         return target
-    with _locked(root / f"{target.name}.lock"):
+    with downloads.locked(root / f"{target.name}.lock"):
         if not store.is_committed(target):  # else another process made it meanwhile
             store.sweep(root)
             log.info("converting %s once into %s (about a minute)", gguf, target)
@@ -218,17 +204,6 @@ def _check_tokens(gguf: Path, tokenizer: PreTrainedTokenizerBase) -> None:
                 f"{gguf}: its metadata gives token {expected} as {key}, its tokenizer {found}. "
                 "They must agree; use the model's safetensors instead."
             )
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Inside, this process alone of all that use the same file."""
-    with store.explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _sample(path: Path) -> bytes:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +28,7 @@ from llmray.arguments import capabilities
 from llmray.arguments.run import FIELDS, load
 from llmray.data import access, prepared
 from llmray.data.tokenizer import load_tokenizer
-from llmray.errors import ArgumentsError, ClusterError
+from llmray.errors import ArgumentsError, ClusterError, ModelError
 from llmray.model.load import load_model
 from llmray.run import Context, run
 from llmray.serve import answering
@@ -101,6 +103,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     make_model(root / "experts", "qwen3_moe", amplify=2.0)
     make_tokenizer(root / "wide_model")
     make_model(root / "wide_model", amplify=2.0, hidden_size=64)
+    make_model(root / "wide", "llama")
+    wide = make_tokenizer(root / "wide")
+    wide.add_tokens(["wug"])
+    wide.save_pretrained(root / "wide")
+    for name in ("one", "two"):
+        (root / f"{name}.yaml").write_text(f'"word": the number {name}\n')
     for name, first in (("data", 1), ("other_data", 2)):
         write_data(root / name, first)
     made = Site(root)
@@ -260,6 +268,7 @@ PISSA = {"pissa_init": True}
 LORAPLUS = {"loraplus_lr_ratio": 2.0, "lora_target": "embed_tokens,q_proj"}
 WIDE = {"model_name_or_path": "@wide_model"}  # 4-bit rows are whole blocks
 FOUR_BITS = {**WIDE, "quantization_bit": 4}
+DESCRIBED = {"new_special_tokens_config": "@one.yaml", "init_special_tokens": "desc_init"}
 ADAPTER = {"adapter_name_or_path": "@adapter", "lora_rank": 3}
 
 ROWS: dict[str, Row] = {
@@ -267,6 +276,10 @@ ROWS: dict[str, Row] = {
     "adapter_name_or_path": Row(..., "@adapter"),
     "adapter_folder": Row(..., "inner", keys={"adapter_name_or_path": "@adapter"}),
     "create_new_adapter": Row(False, True, weights, ADAPTER),
+    "add_tokens": Row(..., "word"),
+    "add_special_tokens": Row(..., "word"),
+    "new_special_tokens_config": Row("@one.yaml", "@two.yaml", keys=DESCRIBED),
+    "init_special_tokens": Row("noise_init", "desc_init", keys={**DESCRIBED, "max_steps": 1}),
     "train_from_scratch": Row(False, True, keys=FULL),
     "quantization_bit": Row(4, 8, keys=WIDE),
     "quantization_type": Row("nf4", "fp4", keys=FOUR_BITS),
@@ -464,9 +477,22 @@ def asked_of_hub(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Keys:
         asked.update(settings)
         return str(site.root / "model")
 
+    patch.setenv("LLMRAY_CACHE", str(site.root / "cache"))
     patch.setattr("huggingface_hub.snapshot_download", download)
+    for package in ("modelscope", "openmind_hub"):
+        patch.setitem(sys.modules, package, SimpleNamespace(snapshot_download=download))
     hub.resolve("somebody/model", site.arguments(keys).model)
     return asked
+
+
+def asked_of_modelscope(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Keys:
+    patch.setenv("USE_MODELSCOPE_HUB", "1")
+    return asked_of_hub(site, keys, patch)
+
+
+def asked_of_modelers(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Keys:
+    patch.setenv("USE_OPENMIND_HUB", "1")
+    return asked_of_hub(site, keys, patch)
 
 
 def rebuilt(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> bool:
@@ -627,6 +653,13 @@ def device(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> tuple[Any, ...]
     return world.device.type, launch.plan(False, {}, use_cpu=use_cpu), placement.uses_gpu
 
 
+def goes_with_more_tokens(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> str:
+    try:
+        return goes(site, {"model_name_or_path": "@wide", **keys}, patch)
+    except ModelError as error:
+        return str(error)
+
+
 def place_of_data(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> str:
     root = site.root / "places"
     return prepared.ensure(site.arguments(keys), site.root / "model", root=root).path
@@ -634,6 +667,7 @@ def place_of_data(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> str:
 
 SEEN: dict[str, tuple[Any, Any, Seen]] = {
     "tokenized_path": (..., "@kept-here", place_of_data),
+    "resize_vocab": (False, True, goes_with_more_tokens),
     "device_map": ({"": "cpu"}, {"": 0}, goes),
     "model_max_length": (64, 65, goes),
     "block_diag_attn": (False, True, goes_as_text),
@@ -665,6 +699,8 @@ SEEN: dict[str, tuple[Any, Any, Seen]] = {
     "cache_dir": ("@one", "@two", asked_of_hub),
     "model_revision": ("main", "v2", asked_of_hub),
     "hf_hub_token": ("one", "two", asked_of_hub),
+    "ms_hub_token": ("one", "two", asked_of_modelscope),
+    "om_hub_token": ("one", "two", asked_of_modelers),
     "overwrite_cache": (False, True, rebuilt),
     "optim": ("adamw_torch", "adamw_torch_fused", fused),
     "resume_from_checkpoint": (True, False, first_step),

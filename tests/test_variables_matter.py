@@ -312,16 +312,6 @@ def test_threads_that_load_at_the_same_time_leave_the_check_as_it_was(tmp_path: 
         loader.check_imports(str(code))
 
 
-def test_other_hubs_are_refused_by_name_and_folders_are_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
-    said = str(from_hub(Look(tmp_path, capsys, monkeypatch)))
-    assert "somebody/model is no folder here" in said
-    assert "ModelScope, from which downloads are not built yet" in said
-    assert hub.resolve(tmp_path, ModelArguments()) == tmp_path
-
-
 def test_allocator_of_the_user_stays() -> None:
     assert environment.allocator({}) == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     assert environment.allocator({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}) == {}

@@ -176,23 +176,12 @@ NOT_BUILT: dict[str, Gap] = {
         "freeze_language_model",
     ),
     # model
-    **_family(
-        f"Changes of the vocabulary are not built yet. {_REMOVE}",
-        "resize_vocab",
-        "split_special_tokens",
-        "add_tokens",
-        "add_special_tokens",
-        "new_special_tokens_config",
-        "init_special_tokens",
-    ),
+    "split_special_tokens": Gap(f"Special tokens as plain text are not built yet. {_REMOVE}"),
     "shift_attn": Gap(f"Shifted sparse attention is not built yet. {_REMOVE}"),
     "mixture_of_depths": Gap(f"Mixture of depths is not built yet. {_REMOVE}"),
     "use_v1_kernels": Gap(f"Kernels chosen for the device are not built in yet. {_REMOVE}"),
     "infer_backend": Gap("Only transformers generates yet. Use huggingface."),
     "offload_folder": Gap(f"Weights offloaded to disk are not built yet. {_REMOVE}"),
-    **_family(
-        f"Hubs beside Hugging Face's are not built yet. {_REMOVE}", "ms_hub_token", "om_hub_token"
-    ),
     "quantization_method": Gap("HQQ and EETQ are not built in yet. Use bnb."),
     **_family(
         f"Training in 8-bit floating point is not built yet. {_REMOVE}",
@@ -387,6 +376,15 @@ class Combination:
     sentence: str
 
 
+def _adds_to_low_bits(key: str) -> Combination:
+    return Combination(
+        (key, "quantization_bit"),
+        lambda flat: bool(flat[key]) and flat["quantization_bit"] is not None,
+        "A larger vocabulary of low-bit weights is not built yet. Add the tokens to the model in "
+        "full precision first.",
+    )
+
+
 COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
     Combination(
         ("load_best_model_at_end", "save_only_model"),
@@ -412,6 +410,7 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
         lambda flat: flat["resize_vocab"] and flat["quantization_bit"] is not None,
         "A larger vocabulary of low-bit weights is not built yet. Remove one of the two.",
     ),
+    *map(_adds_to_low_bits, ("add_tokens", "add_special_tokens", "new_special_tokens_config")),
     Combination(
         ("pissa_init", "quantization_bit"),
         lambda flat: flat["pissa_init"] and flat["quantization_bit"] is not None,

@@ -54,10 +54,10 @@ VARIABLES: dict[str, Variable] = {
         "flag", "Refuse model code from a hub where a package that it names is missing."
     ),
     "USE_MODELSCOPE_HUB": Variable(
-        "flag", "Sets of data come from ModelScope where they are there; models: not built yet."
+        "flag", "Models come from ModelScope, sets of data where they are there."
     ),
     "USE_OPENMIND_HUB": Variable(
-        "flag", "Sets of data come from Modelers where they are there; models: not built yet."
+        "flag", "Models come from Modelers, sets of data where they are there."
     ),
     "WANDB_DISABLED": Variable("flag", "Leave wandb out of the trackers."),
     "WANDB_PROJECT": Variable("text", "Project in wandb; goes before the key project."),

@@ -48,8 +48,8 @@ class BaseArguments(Group):
     )
     resize_vocab: bool = Field(
         False,
-        description="Enlarge the embedding and the output layer to hold the added tokens; the "
-        "size is rounded up to a multiple of 64.",
+        description="Enlarge the embedding and the output layer to hold all tokens, rounded up to "
+        "a multiple of 64. Follows from added tokens.",
     )
     split_special_tokens: bool = Field(
         False, description="Tokenize special tokens that stand in the data as plain text."
@@ -66,7 +66,7 @@ class BaseArguments(Group):
     init_special_tokens: Literal["noise_init", "desc_init", "desc_init_w_noise"] = Field(
         "noise_init",
         description="Where the embedding of an added token starts: near the mean of all, at the "
-        "mean of its description's tokens, or near that.",
+        "mean of its description's tokens, or near that; without a description near the mean.",
     )
     model_revision: str = Field(
         "main", description="Branch, tag or commit of the model's hub repository."

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmray import store
+from llmray import store, vocabulary
 from llmray.data import templates
 from llmray.data.features import OF_STAGE
 from llmray.data.sources import DataSet
@@ -114,6 +114,7 @@ def describe(
 
     Raises:
         DataError: a file cannot be read, or there is no such template.
+        ArgumentsError: the keys of added tokens are wrong.
     """
     data, stage = arguments.data, arguments.finetuning.stage
     seed = arguments.training.seed
@@ -132,6 +133,9 @@ def describe(
         "max_samples": data.max_samples,
         "val_size": data.val_size,
     }
+    added = vocabulary.additions(arguments.model)
+    if added.tokens:
+        found["added_tokens"] = [list(added.ordinary), list(added.special)]
     if arguments.training.predict_with_generate:
         found["judges_responses"] = True
     if data.eval_on_each_dataset:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmray import vocabulary
 from llmray.data import templates
 from llmray.data.chat_template import ChatTemplateRenderer
 from llmray.data.conversation import RowError
 from llmray.data.template_jinja import as_jinja
 from llmray.data.templates import Renderer, Template
 from llmray.errors import DataError, ModelError
-from llmray.model_code import optional_imports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,31 +26,19 @@ NAME_ONE = "Name a template: docs/templates.md lists them by model, for instance
 def load_tokenizer(
     model_dir: Path | str, model_args: ModelArguments, template: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder; it pads on the right, with the end token if it must.
+    """The tokenizer of a run; it pads on the right, with the end token if it must.
 
     Args:
-        model_dir: the folder.
-        model_args: trust_remote_code.
+        model_dir: the folder of the model.
+        model_args: trust_remote_code, and the tokens that the run adds.
         template: a named template to `fit` the tokenizer to.
 
     Raises:
         ModelError: there is no tokenizer, or one without an end-of-text token.
+        ArgumentsError: the keys of added tokens are wrong.
         DataError: no such template.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        with optional_imports():
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(model_dir),
-                trust_remote_code=model_args.trust_remote_code,
-                padding_side="right",
-            )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(
-            f"{model_dir} has no tokenizer that can be loaded: {error}. Required: the files of a "
-            "tokenizer (tokenizer.json, tokenizer_config.json) beside the model's."
-        ) from error
+    tokenizer = vocabulary.load(model_dir, model_args).tokenizer
     if template is not None:
         fit(tokenizer, templates.find(template))
     if tokenizer.eos_token is None:

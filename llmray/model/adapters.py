@@ -24,7 +24,7 @@ from llmray.arguments.model import ModelArguments
 from llmray.arguments.problems import given
 from llmray.arguments.run import RunArguments
 from llmray.errors import ArgumentsError, ModelError
-from llmray.model import adapter_files, pissa, targets
+from llmray.model import adapter_files, embedding, pissa, targets
 from llmray.model.layers import linear_modules
 from llmray.model.quantize import is_low_bit
 
@@ -49,7 +49,7 @@ def create(model: PreTrainedModel, arguments: RunArguments) -> PeftModel:
     found = targets.find(model, settings.lora_target)
     if found.parameters:
         _require_plain(settings, found.parameters)
-    whole = _whole_modules(model, settings.additional_target)
+    whole = embedding.trains_whole(model, _whole_modules(model, settings.additional_target))
     ranks, alphas = _patterns(model, settings)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -136,6 +136,7 @@ def _load(
     from peft import LoraConfig, PeftModel
 
     directory = hub.resolve(name, model_args, kind="adapter")
+    embedding.check(model, directory, name)
     try:
         config = LoraConfig.from_pretrained(directory)
         started, config.init_lora_weights = config.init_lora_weights, True

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llmray import store
-from llmray.model import pissa, rope
+from llmray.model import embedding, pissa, rope
 from llmray.model.attention import causal_lm, native
 from llmray.model.quiet import quiet
 
@@ -25,8 +25,9 @@ def write_weights(
 ) -> None:
     """Write `model` and `tokenizer` into `directory`, in Hugging Face's format.
 
-    Of a model with an adapter the adapter alone is written: adapter_model.safetensors and
-    adapter_config.json. Otherwise config.json, generation_config.json and safetensors.
+    Of a model with an adapter the adapter alone is written: adapter_model.safetensors,
+    adapter_config.json and the vocabulary that it needs. Otherwise config.json,
+    generation_config.json and safetensors.
 
     Args:
         model: a model of transformers or peft's wrapper of one.
@@ -51,8 +52,11 @@ def _write_adapter(model: Any, directory: Path, dtype: torch.dtype | None) -> No
     state = None
     if dtype is not None:
         state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    embedding.write(causal_lm(model), directory)
     # "auto" would ask the hub for the base model's vocabulary
-    model.save_pretrained(directory, save_embedding_layers=False, state_dict=state)
+    model.save_pretrained(
+        directory, save_embedding_layers=embedding.is_saved_along(model), state_dict=state
+    )
     pissa.complete(model, directory)
     base = causal_lm(model)
     if getattr(base, "llmray_is_stretched", False):

@@ -18,7 +18,7 @@ from llmray import hub
 from llmray.arguments import derived
 from llmray.arguments.model import ModelArguments
 from llmray.errors import LlmrayError, ModelError
-from llmray.model import kernels, quantize, rope
+from llmray.model import embedding, kernels, quantize, rope
 from llmray.model.quiet import quiet
 from llmray.model.recompute import recompute_activations
 from llmray.model_code import optional_imports
@@ -51,7 +51,7 @@ def load_model(
     gradient_checkpointing: bool,
     cutoff_len: int | None = None,
 ) -> PreTrainedModel:
-    """The causal language model of a folder, in eval mode.
+    """The causal language model of a folder with rows for the run's tokens, in eval mode.
 
     Args:
         model_dir: from `hub.resolve`.
@@ -63,7 +63,8 @@ def load_model(
 
     Raises:
         ModelError: if a file is missing or damaged, or the architecture cannot do what is asked.
-        ArgumentsError: if a key asks for what this device or this model has not.
+        ArgumentsError: if a key asks for what this device or this model has not, or the keys of
+            added tokens are wrong.
     """
     directory = Path(model_dir)
     derived.check_device(model_args.device_map, str(device))
@@ -96,11 +97,13 @@ def load_model(
         model = model.eval()
     else:
         model = model.to(device).eval()
+    model.llmray_directory = directory
     # what adapters and model cards name as their base: not the place of a cache
     model.name_or_path = model_args.model_name_or_path or str(directory)
     model.config._name_or_path = model.name_or_path
     model.llmray_is_stretched = is_stretched  # what an adapter of it records
     rope.make_stateless(model)
+    embedding.fit(model, directory, model_args)
     kernels.adopt(model, model_args.flash_attn, choice)
     if model_args.enable_liger_kernel:
         kernels.use_liger(model, model_args.liger_kernel_config)

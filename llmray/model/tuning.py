@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from llmray.arguments.run import RunArguments
 from llmray.errors import ArgumentsError
-from llmray.model import adapters, quantize
+from llmray.model import adapters, embedding, quantize
 from llmray.model.layers import decoder_layers, nearest
 
 log = getLogger("llmray")
@@ -49,6 +49,7 @@ def apply(
             "nothing trains: freeze_trainable_layers is 0 and freeze_extra_modules names nothing. "
             "At least one parameter is required: set one of the two."
         )
+    embedding.warn_if_frozen(model)
     if upcast:
         for parameter in found.values():
             parameter.data = parameter.data.float()

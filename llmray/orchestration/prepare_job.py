@@ -241,9 +241,9 @@ def ready_here(
     secrets: Mapping[str, str],
     build_shards: prepared.BuildShards | None = None,
 ) -> tuple[Path, Ref]:
-    """Resolve the model and build the prepared data set on this machine."""
+    """Resolve model and adapters, and build the prepared data set on this machine."""
     os.environ.update(secrets)
-    model_dir = hub.resolve(arguments.model.model_name_or_path, arguments.model)
+    model_dir = hub.resolve_all(arguments.model)
     root = prepared_root()
     return model_dir, access.ready(arguments, model_dir, root=root, build_shards=build_shards)
 

@@ -18,7 +18,7 @@ import ray.train.torch
 import torch
 from ray.train import CheckpointUploadMode
 
-from llmray import hub
+from llmray import downloads, hub
 from llmray.data import access
 from llmray.errors import LlmrayError
 from llmray.orchestration import prepare_job
@@ -50,17 +50,18 @@ def train_loop(config: dict[str, Any]) -> None:
         where = world.gather((ray.util.get_node_ip_address(), os.getpid()))
         log.info("attempt %d: %s", attempt, describe_ranks(where))
         arguments = arguments_of_attempt(job.arguments, job.run_dir, attempt)
-        context = run.Context(
-            world=world,
-            run_dir=job.run_dir,
-            prepared=access.place_here(job.prepared, prepare_job.prepared_root()),
-            model_dir=_model_dir(arguments),
-            stop=relay.reason if relay else lambda: None,
-            observers=(relay,) if relay else (),
-            report=_reporter(world),
-            attempt=attempt,
-        )
-        result = (job.core or run.run)(arguments, context)
+        with downloads.as_fetched():  # the node was made ready before
+            context = run.Context(
+                world=world,
+                run_dir=job.run_dir,
+                prepared=access.place_here(job.prepared, prepare_job.prepared_root()),
+                model_dir=_model_dir(arguments),
+                stop=relay.reason if relay else lambda: None,
+                observers=(relay,) if relay else (),
+                report=_reporter(world),
+                attempt=attempt,
+            )
+            result = (job.core or run.run)(arguments, context)
         if world.is_main:
             ray.get(board.finish.remote(result.stopped))
     except LlmrayError as error:

@@ -17,7 +17,7 @@ from llmray.data.conversation import Message, RowError
 from llmray.data.templates import Renderer, TemplateRenderer
 from llmray.data.tokenizer import load_tokenizer, renderer
 from llmray.errors import DataError
-from llmray.model import load, tuning, upcast
+from llmray.model import embedding, load, tuning, upcast
 from llmray.train.generate import Sampling, generate, max_positions
 from llmray.train.parallel import default_device
 
@@ -59,6 +59,7 @@ class Answerer:
             gradient_checkpointing=False,
             cutoff_len=arguments.data.cutoff_len,
         )
+        embedding.require_room(loaded, tokenizer)
         tuned = tuning.apply(loaded, arguments, is_trainable=False, upcast=False)
         if arguments.model.upcast_lmhead_output:
             upcast.upcast_logits(tuned)

@@ -18,11 +18,13 @@ BASE = {
 WORKING = """
 adapter_folder
 model_name_or_path adapter_name_or_path cache_dir model_revision disable_gradient_checkpointing
-use_reentrant_gc train_from_scratch infer_dtype hf_hub_token print_param_status trust_remote_code
+use_reentrant_gc train_from_scratch infer_dtype hf_hub_token
+ms_hub_token om_hub_token print_param_status trust_remote_code
 compute_dtype device_map model_max_length block_diag_attn
 rope_scaling flash_attn use_unsloth_gc enable_liger_kernel liger_kernel_config moe_aux_loss_coef
 upcast_layernorm upcast_lmhead_output bf16_full_eval fp16_full_eval tf32
 quantization_bit quantization_type double_quantization quantization_device_map
+resize_vocab add_tokens add_special_tokens new_special_tokens_config init_special_tokens
 dataset dataset_dir eval_dataset eval_on_each_dataset cutoff_len truncation bad_rows
 train_on_prompt mask_history
 packing neat_packing streaming buffer_size
@@ -163,6 +165,15 @@ COMBINED = {
         "quantization_bit": 4,
     },
     ("resize_vocab", "quantization_bit"): {"resize_vocab": True, "quantization_bit": 4},
+    ("add_tokens", "quantization_bit"): {"add_tokens": ("a",), "quantization_bit": 4},
+    ("add_special_tokens", "quantization_bit"): {
+        "add_special_tokens": ("a",),
+        "quantization_bit": 4,
+    },
+    ("new_special_tokens_config", "quantization_bit"): {
+        "new_special_tokens_config": "t.yaml",
+        "quantization_bit": 4,
+    },
     ("pissa_init", "quantization_bit"): {"pissa_init": True, "quantization_bit": 4},
     ("pissa_init", "stage"): {"pissa_init": True, "stage": "kto"},
     ("use_dora", "quantization_method"): {

@@ -1,4 +1,4 @@
-"""Two ranks under torchrun give the losses, norms and weights of one process."""
+"""Two ranks under torchrun give the losses, norms and weights of one process; a token is added."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ RUN = {
     "dataset": "rows",
     "finetuning_type": "lora",
     "lora_rank": 4,
+    "add_tokens": "word",
     "learning_rate": 0.01,
     "weight_decay": 0.1,
     "max_steps": 6,

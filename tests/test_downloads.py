@@ -1,0 +1,360 @@
+"""Hubs: what each is asked, a server with Hugging Face's protocol, one download a node."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tiny import make_model, make_tokenizer
+
+from llmray import downloads, hub
+from llmray.arguments.model import ModelArguments
+from llmray.errors import ModelError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    for name in ("USE_MODELSCOPE_HUB", "USE_OPENMIND_HUB", "HF_TOKEN", "MODELSCOPE_API_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LLMRAY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def repository(tmp_path):
+    make_tokenizer(tmp_path / "repository")
+    return make_model(tmp_path / "repository")
+
+
+# ---- what the packages of hubs are asked for ----------------------------------------------------
+
+HUBS = [
+    (None, "huggingface_hub", "hf_hub_token", "HF_TOKEN", "main"),
+    ("USE_MODELSCOPE_HUB", "modelscope", "ms_hub_token", "MODELSCOPE_API_TOKEN", "master"),
+    ("USE_OPENMIND_HUB", "openmind_hub", "om_hub_token", "OM_HUB_TOKEN", "main"),
+]
+
+
+@pytest.mark.parametrize(("variable", "package", "key", "secret", "branch"), HUBS)
+def test_each_hub_is_asked_with_its_revision_cache_and_token(
+    variable, package, key, secret, branch, repository, monkeypatch
+):
+    asked = []
+
+    def snapshot_download(name, **settings):
+        asked.append((name, settings))
+        return str(repository)
+
+    module = SimpleNamespace(snapshot_download=snapshot_download)
+    if variable is None:
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    else:
+        monkeypatch.setitem(sys.modules, package, module)
+        monkeypatch.setenv(variable, "1")
+    given = {"model_revision": "v2", "cache_dir": "/somewhere", key: "hush"}
+    assert hub.resolve("org/tiny", ModelArguments(**given)) == repository
+    name, settings = asked.pop()
+    unused = settings.pop("ignore_patterns")
+    assert name == "org/tiny"
+    assert settings == {"revision": "v2", "cache_dir": "/somewhere", "token": "hush"}
+    assert "*.gguf" in unused
+    assert "*.safetensors" not in unused
+    hub.resolve("org/tiny", ModelArguments(), weights=False)
+    _, settings = asked.pop()
+    assert settings["revision"] == branch
+    assert "*.safetensors" in settings["ignore_patterns"]
+    monkeypatch.setenv(secret, "of the environment")
+    hub.resolve("org/tiny", ModelArguments())
+    assert asked.pop()[1]["token"] == "of the environment"
+
+
+def test_adapters_come_from_the_same_hub_and_from_their_own_main_branch(tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    asked = []
+
+    def snapshot_download(name, **settings):
+        asked.append((name, settings["revision"]))
+        return str(tmp_path)
+
+    monkeypatch.setitem(
+        sys.modules, "modelscope", SimpleNamespace(snapshot_download=snapshot_download)
+    )
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+    given = ModelArguments(model_revision="v2")
+    assert hub.resolve("org/adapter", given, kind="adapter") == tmp_path
+    assert asked == [("org/adapter", None)]
+
+
+@pytest.mark.parametrize(
+    ("variable", "name", "extra"),
+    [
+        ("USE_MODELSCOPE_HUB", "ModelScope", "modelscope"),
+        ("USE_OPENMIND_HUB", "Modelers", "openmind"),
+    ],
+)
+def test_a_hub_whose_package_is_missing(variable, name, extra, monkeypatch, tmp_path):
+    monkeypatch.setenv(variable, "1")
+    for package in ("modelscope", "openmind_hub"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModelError, match=rf"from {name}.*pip install 'llmray\[{extra}\]'"):
+        hub.resolve("org/tiny", ModelArguments())
+    make_model(tmp_path / "here")
+    assert hub.resolve(tmp_path / "here", ModelArguments()) == tmp_path / "here"
+
+
+def test_a_hub_that_fails_is_named_and_the_token_is_not(monkeypatch):
+    def snapshot_download(name, **settings):
+        raise RuntimeError(f"GET https://{settings['token']}@host: refused\nmore")
+
+    monkeypatch.setenv("USE_OPENMIND_HUB", "1")
+    monkeypatch.setitem(
+        sys.modules, "openmind_hub", SimpleNamespace(snapshot_download=snapshot_download)
+    )
+    with pytest.raises(ModelError, match=r"Modelers gave none \(RuntimeError") as error:
+        hub.resolve("org/tiny", ModelArguments(om_hub_token="hush-hush"))
+    assert "hush-hush" not in str(error.value)
+    assert "om_hub_token" in str(error.value)
+    assert "hush" not in repr(downloads.Request("a", None, None, (), "hush"))
+
+
+# ---- a server that speaks the protocol of Hugging Face's hub ------------------------------------
+
+
+class Repository(BaseHTTPRequestHandler):
+    """One repository at two revisions, and a gate in front of another."""
+
+    folder: Path
+    seen: list[tuple[str, str, str | None]]
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path, token = self.path.split("?")[0], self.headers.get("Authorization")
+        self.seen.append((self.command, path, token))
+        if path.startswith(("/api/models/org/secret", "/org/secret")) and token != "Bearer good":
+            self.answer(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"})
+        elif "/org/none/" in path:
+            self.answer(404, {"X-Error-Code": "RepoNotFound"})
+        elif path.endswith(("/revision/main", "/revision/v2", f"/revision/{COMMIT}")):
+            names = sorted(p.name for p in self.folder.iterdir())
+            content = {
+                "id": "org/tiny",
+                "sha": COMMIT,
+                "siblings": [{"rfilename": name} for name in names],
+            }
+            self.answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
+        elif "/tree/" in path:
+            content = [
+                {
+                    "type": "file",
+                    "path": p.name,
+                    "size": p.stat().st_size,
+                    "oid": hashlib.sha1(p.read_bytes()).hexdigest(),
+                }
+                for p in sorted(self.folder.iterdir())
+            ]
+            self.answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
+        elif "/revision/" in path:
+            self.answer(404, {"X-Error-Code": "RevisionNotFound"})
+        elif "/resolve/" in path:
+            content = (self.folder / path.rpartition("/")[2]).read_bytes()
+            etag = f'"{hashlib.sha1(content).hexdigest()}"'
+            self.answer(200, {"ETag": etag, "X-Repo-Commit": COMMIT}, content)
+        else:
+            self.answer(404, {"X-Error-Code": "RepoNotFound"})
+
+    def answer(self, status, headers, content=b""):
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def server(repository):
+    handler = type("Handler", (Repository,), {"folder": repository, "seen": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as listening:
+        thread = threading.Thread(target=listening.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.server_port}", handler.seen
+        listening.shutdown()
+        thread.join()
+
+
+CODE = """
+import json, sys
+from llmray import hub
+from llmray.arguments.model import ModelArguments
+from llmray.errors import ModelError
+for name, keys in json.loads(sys.argv[1]):
+    try:
+        print("OK", hub.resolve(name, ModelArguments(**keys)))
+    except ModelError as error:
+        print("NO", str(error).replace(chr(10), " "))
+"""
+
+
+def ask(endpoint, tmp_path, questions):
+    """What `resolve` comes to in a process of its own, whose hub is at `endpoint`."""
+    environ = {
+        **os.environ,
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    environ.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, json.dumps(questions)],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return done.stdout.splitlines()
+
+
+def test_a_hub_over_http(server, repository, tmp_path):
+    endpoint, seen = server
+    questions = [
+        ("org/tiny", {"model_revision": "v2", "hf_hub_token": "good"}),
+        ("org/tiny", {"model_revision": "no-such"}),
+        ("org/none", {}),
+        ("org/secret", {"hf_hub_token": "bad"}),
+    ]
+    found, revision, missing, gated = ask(endpoint, tmp_path, questions)
+    folder = Path(found.removeprefix("OK "))
+    assert folder.name == COMMIT
+    for path in repository.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+    assert {token for _, path, token in seen if "tiny" in path} >= {"Bearer good"}
+    assert "model_revision=no-such: the Hugging Face hub has org/tiny, but no such" in revision
+    assert "org/none: there is no such folder here, and the Hugging Face hub gave none" in missing
+    assert "token that may read it (HF_TOKEN or hf_hub_token)" in gated
+    assert "bad" not in gated
+
+
+def test_a_hub_that_does_not_answer_is_named(tmp_path):
+    [line] = ask("http://127.0.0.1:9", tmp_path, [("org/tiny", {})])
+    assert line.startswith("NO model_name_or_path=org/tiny: there is no such folder here, and the")
+    assert "the Hugging Face hub gave none" in line
+    assert "fetch it where there is a network" in line
+
+
+# ---- one download a node ------------------------------------------------------------------------
+
+
+def slow_download(repository, calls, seconds):
+    def snapshot_download(name, **settings):
+        with open(calls, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(seconds)
+        return str(repository)
+
+    return snapshot_download
+
+
+def resolve_in_process(repository, calls, seconds, answers):
+    import huggingface_hub
+
+    huggingface_hub.snapshot_download = slow_download(repository, calls, seconds)
+    answers.put(str(hub.resolve("org/tiny", ModelArguments())))
+
+
+def begin(*words):
+    process = FORK.Process(target=resolve_in_process, args=words)
+    process.start()
+    return process
+
+
+def test_processes_that_come_together_download_once(repository, tmp_path):
+    calls, answers = tmp_path / "calls", FORK.Queue()
+    processes = [begin(repository, calls, 0.5, answers) for _ in range(3)]
+    assert {answers.get(timeout=30) for _ in processes} == {str(repository)}
+    for process in processes:
+        process.join()
+    assert len(calls.read_text().splitlines()) == 1
+    late = begin(repository, calls, 0, answers)  # a later run asks again: a branch may have moved
+    late.join()
+    assert len(calls.read_text().splitlines()) == 2
+
+
+def test_a_process_that_dies_while_it_downloads_frees_the_others(repository, tmp_path):
+    calls, answers = tmp_path / "calls", FORK.Queue()
+    first = begin(repository, calls, 60, answers)
+    while not calls.exists() or not calls.read_text():
+        time.sleep(0.01)
+    second = begin(repository, calls, 0, answers)
+    second.join(0.3)
+    assert second.is_alive(), "it waits"
+    os.kill(first.pid, signal.SIGKILL)
+    assert answers.get(timeout=30) == str(repository)
+    second.join()
+    assert len(calls.read_text().splitlines()) == 2
+
+
+def test_workers_take_what_their_node_has_fetched(repository, tmp_path, monkeypatch):
+    calls = tmp_path / "calls"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", slow_download(repository, calls, 0))
+    hub.resolve("org/tiny", ModelArguments())
+    with downloads.as_fetched():
+        assert hub.resolve("org/tiny", ModelArguments()) == repository
+        assert len(calls.read_text().splitlines()) == 1
+        hub.resolve("org/tiny", ModelArguments(model_revision="v2"))  # another: it is fetched
+    assert len(calls.read_text().splitlines()) == 2
+    repository.rename(tmp_path / "moved")
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", slow_download(tmp_path / "moved", calls, 0)
+    )
+    with downloads.as_fetched():
+        assert hub.resolve("org/tiny", ModelArguments()) == tmp_path / "moved"
+
+
+def test_a_nodes_preparation_fetches_adapters_too(repository, tmp_path, monkeypatch):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    asked = []
+
+    def snapshot_download(name, **settings):
+        asked.append(name)
+        return str({"org/tiny": repository, "org/adapter": adapter}[name])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    given = ModelArguments(
+        model_name_or_path="org/tiny", adapter_name_or_path=("org/adapter", str(adapter))
+    )
+    assert hub.resolve_all(given) == repository
+    assert asked == ["org/adapter", "org/tiny"]
+
+
+def test_a_damaged_note_is_asked_anew(repository, cache, monkeypatch):
+    calls = cache.parent / "calls"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", slow_download(repository, calls, 0))
+    hub.resolve("org/tiny", ModelArguments())
+    [note] = (cache / "downloads").glob("*.json")
+    note.write_text("{")
+    with downloads.as_fetched():
+        assert hub.resolve("org/tiny", ModelArguments()) == repository
