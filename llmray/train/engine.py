@@ -176,13 +176,18 @@ class Engine:
             )
         return output
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Response]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Response]:
         """One response to each prompt of token ids, by the model as it is now, on this rank alone.
 
-        Draws follow torch's global state of random numbers.
+        Draws follow torch's global state of random numbers, or each a seed of its own.
         """
         with self.precision.context(self.world.device):
-            return generate(self.model.model, prompts, sampling)
+            return generate(self.model.model, prompts, sampling, seeds=seeds)
 
     def state_dict(self) -> dict[str, Any]:
         """What training changes: trainable weights, the optimizer's moments, schedule, scale.

@@ -6,20 +6,22 @@ one of the stop tokens or when its budget is spent, whatever else is in the batc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from llmray.data import templates
 from llmray.data.tokenizer import is_one_token
 from llmray.model import rope
 from llmray.model.attention import causal_lm, native
 from llmray.model.quiet import quiet
+from llmray.train.decoding import decode, why_not_decoded
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -91,6 +93,11 @@ class Sampling:
             room = min(room, max_positions - prompt_len)
         return max(0, room)
 
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn; else the likeliest is taken."""
+        return self.do_sample and self.temperature > 0
+
     def config(self, num_new_tokens: int) -> GenerationConfig:
         """Transformers' form of it; nothing is left to a model's own defaults."""
         settings: dict[str, Any] = {
@@ -98,7 +105,7 @@ class Sampling:
             "repetition_penalty": self.repetition_penalty,
             "eos_token_id": list(self.stop_ids),
             "pad_token_id": self.pad_id,
-            "do_sample": self.do_sample and self.temperature > 0,
+            "do_sample": self.draws,
             "max_new_tokens": num_new_tokens,
             "use_cache": self.use_cache,
         }
@@ -130,16 +137,20 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     streamer: BaseStreamer | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[Response]:
     """One response to each prompt, in their order; a prompt that leaves no room gets an empty one.
 
-    Draws follow torch's global state of random numbers. The model is left in eval mode.
+    The model is left in eval mode. Rows that have ended leave the batch, where the model's cache
+    allows that and neither beams nor a streamer are asked for.
 
     Args:
         model: a causal model of transformers, or peft's wrapper of one.
         prompts: token ids, each at least one; answered together.
         sampling: how.
         streamer: is given the tokens as they come; for one prompt and no beams.
+        seeds: of each prompt's draws, which then depend on nothing else; None: they follow torch's
+            global state of random numbers.
     """
     positions = max_positions(model)
     budgets = [sampling.budget(len(prompt), positions) for prompt in prompts]
@@ -150,19 +161,51 @@ def generate(
     base = causal_lm(model)
     base.eval()
     chosen = [list(prompts[number]) for number in answered]
-    width = max(map(len, chosen))
-    ids = [[sampling.pad_id] * (width - len(prompt)) + prompt for prompt in chosen]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in chosen]
+    limits = [budgets[number] for number in answered]
+    own = None if seeds is None else [seeds[number] for number in answered]
     with quiet(), native(base):
-        rows = base.generate(
-            torch.tensor(ids, device=base.device),
-            attention_mask=torch.tensor(mask, device=base.device),
-            generation_config=sampling.config(max(budgets)),
-            streamer=streamer,
-        )
-    for number, row in zip(answered, rows[:, width:].tolist(), strict=True):
+        is_plain = streamer is None and sampling.num_beams == 1 and sampling.use_cache
+        if is_plain and why_not_decoded(base) is None:
+            drawn = torch.randint(2**62, (len(chosen),)).tolist() if own is None else own
+            rows = decode(base, chosen, limits, sampling, drawn)
+        else:
+            with _seeded(own, base.device):
+                rows = _by_transformers(base, chosen, sampling, max(limits), streamer)
+    for number, row in zip(answered, rows, strict=True):
         responses[number] = ended(row[: budgets[number]], sampling.stop_ids)
     return responses
+
+
+def _by_transformers(
+    base: PreTrainedModel,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    num_new_tokens: int,
+    streamer: BaseStreamer | None,
+) -> list[list[int]]:
+    """The responses' tokens, filled up to one length."""
+    width = max(map(len, prompts))
+    ids = [[sampling.pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    rows = base.generate(
+        torch.tensor(ids, device=base.device),
+        attention_mask=torch.tensor(mask, device=base.device),
+        generation_config=sampling.config(num_new_tokens),
+        streamer=streamer,
+    )
+    found: list[list[int]] = rows[:, width:].tolist()
+    return found
+
+
+@contextmanager
+def _seeded(seeds: Sequence[int] | None, device: torch.device) -> Iterator[None]:
+    """Torch's random numbers by these seeds together, and as they were afterwards; None: as is."""
+    if seeds is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(hash(tuple(seeds)) % 2**63)
+        yield
 
 
 def ended(ids: Sequence[int], stop_ids: Sequence[int]) -> Response:
