@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from llmray import hub
 from llmray.arguments.best import best_metric, compares_evaluations
@@ -24,7 +25,7 @@ from llmray.data import prepared
 from llmray.data.access import StreamRef
 from llmray.data.prepared import PreparedRef, Table
 from llmray.data.tokenizer import load_tokenizer
-from llmray.model import embedding, export, kernels, load, memory, tuning, upcast
+from llmray.model import embedding, export, kernels, load, memory, tuning, upcast, value_head
 from llmray.model.attention import causal_lm, why_not_flat
 from llmray.model.head import TokenModel, set_balance
 from llmray.train import optimizers, precision, schedules
@@ -115,7 +116,10 @@ class Training:
         core = self.core
         whole = core.arguments.finetuning.finetuning_type != "lora"
         dtype = core.engine.precision.load_dtype if whole else None
-        export.write_weights(core.engine.model.model, directory, core.tokenizer, dtype=dtype)
+        model = core.engine.model
+        if model.value_head is not None:
+            value_head.write(model.value_head, directory)
+        export.write_weights(model.model, directory, core.tokenizer, dtype=dtype)
         core.arguments.save(directory / "run_arguments.yaml")
 
     def fingerprint(self) -> dict[str, Any]:
@@ -179,10 +183,14 @@ def assemble_evaluation(arguments: RunArguments, context: Context) -> Core:
         cutoff_len=resolved.data.cutoff_len,
     )
     reason = why_not_flat(loaded)
+    scores = STAGES[arguments.finetuning.stage].scores
+    head = value_head.require(resolved, context.model_dir, loaded) if scores else None
     tuned = tuning.apply(loaded, resolved, is_trainable=False, upcast=False)
     _adjust(tuned, resolved)
     engine = Engine.for_evaluation(
-        TokenModel(tuned, flat=reason is None), world=context.world, precision=numbers
+        TokenModel(tuned, flat=reason is None, value_head=head, only_scores=scores),
+        world=context.world,
+        precision=numbers,
     )
     assert isinstance(context.prepared, PreparedRef), "a stream is trained on"
     return _core(resolved, context, engine, prepared.open(context.prepared).eval)
@@ -253,13 +261,25 @@ def _token_model(
     reason = why_not_flat(loaded)
     if reason is not None:
         log.info("batches are padded, not flat: %s", reason)
+    scores = STAGES[arguments.finetuning.stage].scores
+    head = _value_head(arguments, context, loaded) if scores else None
     tuned = tuning.apply(loaded, arguments, is_trainable=True, upcast=not numbers.pure)
+    if scores:
+        value_head.freeze_output_head(tuned)
     if keeps_float32:
         for parameter in tuned.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(numbers.load_dtype)
     _adjust(tuned, arguments)
-    return TokenModel(tuned, flat=reason is None)
+    return TokenModel(tuned, flat=reason is None, value_head=head, only_scores=scores)
+
+
+def _value_head(
+    arguments: RunArguments, context: Context, loaded: PreTrainedModel
+) -> value_head.ValueHead:
+    """The value head that trains on, or a new one."""
+    found = value_head.find(arguments, context.model_dir, loaded)
+    return found or value_head.create(loaded, arguments.training.seed)
 
 
 def _adjust(tuned: nn.Module, arguments: RunArguments) -> None:

@@ -51,6 +51,7 @@ class Batch:
     num_tokens: int  # real tokens, padding not counted
     segments: Segments | None = None
     attention_mask: Tensor | None = None  # (B, T) int64, 1 where a token is
+    ends: Tensor | None = None  # (num_samples,) int64, position of each sample's last token
     # what is known of each target beside its id, by name, each (n,): old log-probabilities, ...
     given: Mapping[str, Tensor] = field(default_factory=dict)
     is_wanted: Tensor | None = None  # (num_samples,) bool

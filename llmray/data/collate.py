@@ -73,6 +73,7 @@ def _with_targets(samples: Sequence[Sample], flat: bool, pad_id: int, num_sample
         num_tokens=layout.num_tokens if num_samples else 0,
         segments=layout.segments,
         attention_mask=layout.attention_mask,
+        ends=layout.ends[: len(ids) if num_samples else 0],
         is_wanted=torch.tensor(wanted) if wanted else None,
         mismatched=collate(others, flat=flat, pad_id=pad_id) if others else None,
     )
@@ -93,6 +94,7 @@ class _Layout:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     targets: torch.Tensor
+    ends: torch.Tensor  # of the answers, or of rows without several
     num_tokens: int
     segments: Segments | None = None
     attention_mask: torch.Tensor | None = None
@@ -116,6 +118,7 @@ def _flat(samples: Sequence[Sample]) -> _Layout:
         _int64(np.concatenate([sample.input_ids for sample in samples]))[None],
         _int64(np.concatenate([row.positions for row in rows]))[None],
         _int64(np.concatenate(places)),
+        _int64(np.cumsum(lengths_q) - 1),
         int(starts[-1]),
         Segments(lengths_q, lengths_k, key_index),
     )
@@ -170,6 +173,7 @@ def _padded(samples: Sequence[Sample], pad_id: int) -> _Layout:
         _int64(ids),
         _int64(positions),
         _int64(np.concatenate(places)),
+        _int64(starts + np.array(lengths) - 1),
         sum(lengths),
         attention_mask=_int64(mask),
     )

@@ -122,7 +122,7 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
     """
     data, stage = arguments.data, OF_STAGE[arguments.finetuning.stage]
     loaded = tokenizer.load_tokenizer(model_dir, arguments.model)
-    renderer = _renderer(data, loaded, stage)
+    renderer = renderer_of(data, loaded, stage)
     packed = data.cutoff_len if data.packs(stage) else None
     block_len, bin_len = (packed, None) if stage == "pt" else (None, packed)
     template = templates.find(data.template) if data.template else None
@@ -146,7 +146,7 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
             block_len is not None,
             prefix,
             suffix,
-            _end_token(data, loaded) if renderer is not None else None,
+            end_token(data, loaded) if renderer is not None else None,
         ),
         shards=shards,
         orders=orders,
@@ -160,7 +160,12 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
     )
 
 
-def _renderer(data: DataArguments, loaded: Any, features: str) -> Renderer | None:
+def renderer_of(data: DataArguments, loaded: Any, features: str) -> Renderer | None:
+    """What writes the conversations of a run for a key of `FEATURES`, None where none are written.
+
+    Raises:
+        DataError: no such template, or none is named and the tokenizer's own cannot be used.
+    """
     if not FEATURES[features].renders:
         return None
     if not FEATURES[features].learns_past:  # earlier responses are prompt, as with mask_history
@@ -168,7 +173,7 @@ def _renderer(data: DataArguments, loaded: Any, features: str) -> Renderer | Non
     return tokenizer.renderer(data, loaded)
 
 
-def _end_token(data: DataArguments, loaded: Any) -> int | None:
+def end_token(data: DataArguments, loaded: Any) -> int | None:
     """The token that ends responses, where the template's text has none.
 
     Raises:

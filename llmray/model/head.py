@@ -1,4 +1,4 @@
-"""From a batch to log-probabilities at its targets: decoder, head and temperature in one module.
+"""From a batch to log-probabilities and values: decoder, heads and temperature in one module.
 
 The one module that training wraps; nothing else computes logits for a loss. How a model scales or
 caps its logits comes from a table that is checked against the model's own logits when the module
@@ -30,6 +30,7 @@ from llmray.model.chunked import (
     logits_outputs,
     module_outputs,
 )
+from llmray.model.value_head import ValueHead
 
 log = getLogger("llmray")
 
@@ -48,8 +49,12 @@ class TokenOutput:
     """What the model says at a batch's n targets; logarithms are natural.
 
     `entropy` is that of the whole next-token distribution, `is_top1` says whether the target was
-    the likeliest token; both only where asked for. `aux_loss` is the mixture-of-experts loss times
-    its coefficient, where the model's configuration asks for it.
+    the likeliest token; both only where asked for. `values` are those of a value head beside the
+    model's own, at the positions that predict the targets. `aux_loss` is the mixture-of-experts
+    loss times its coefficient, where the model's configuration asks for it.
+
+    A model that only scores gives `scores` alone, each read at the last token of a sample; its
+    `logprobs` are empty, `(0,)`.
     """
 
     logprobs: Tensor  # (n,) float32
@@ -57,6 +62,7 @@ class TokenOutput:
     is_top1: Tensor | None = None  # (n,) bool
     values: Tensor | None = None  # (n,) float32
     aux_loss: Tensor | None = None  # scalar
+    scores: Tensor | None = None  # (num_samples,) float32
 
 
 class TokenModel(nn.Module):
@@ -66,15 +72,27 @@ class TokenModel(nn.Module):
         model: the causal language model; stays `self.model`.
         flat: whether batches are flat rows; the model's attention is set accordingly.
         temperature: divides the logits.
+        value_head: reads hidden states beside the model's own head.
+        only_scores: no token is predicted: the value head reads the last token of each sample.
     """
 
-    def __init__(self, model: nn.Module, *, flat: bool, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        flat: bool,
+        temperature: float = 1.0,
+        value_head: ValueHead | None = None,
+        only_scores: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.flat = flat
+        self.value_head = value_head
+        self.only_scores = only_scores
         base = causal_lm(model)
-        form = logit_form(base)
-        self.uses_own_head = not _form_is_right(base, form)
+        form = Form() if only_scores else logit_form(base)
+        self.uses_own_head = not only_scores and not _form_is_right(base, form)
         if self.uses_own_head:
             log.info(
                 "%s computes its logits in a way of its own: its own forward is used, which holds "
@@ -96,14 +114,25 @@ class TokenModel(nn.Module):
         if self.flat != (batch.segments is not None):
             raise ValueError(f"a {'flat row' if self.flat else 'padded batch'} is required")
         base = causal_lm(self.model)
+        if self.only_scores:
+            return self._scored(base, batch)
         wanted = Wanted(entropy, top1)
         outputs = self._own_outputs if self.uses_own_head else self._head_outputs
-        found, aux_loss = outputs(base, batch, wanted)
-        return TokenOutput(found.logprobs, found.entropy, found.is_top1, None, aux_loss)
+        return outputs(base, batch, wanted)
 
-    def _head_outputs(
-        self, base: PreTrainedModel, batch: Batch, wanted: Wanted
-    ) -> tuple[Outputs, Tensor | None]:
+    def _scored(self, base: PreTrainedModel, batch: Batch) -> TokenOutput:
+        assert self.value_head is not None, "a model that only scores has a value head"
+        if batch.ends is None:
+            raise ValueError("a batch with the ends of its samples is required")
+        decoder = base.base_model
+        result = decoder(batch.input_ids, **_inputs(decoder, base, batch))
+        hidden = result.last_hidden_state.flatten(0, 1)[batch.ends]  # (num_samples, D)
+        scores = self.value_head(hidden)
+        return TokenOutput(
+            scores.new_zeros(0), aux_loss=_aux_loss(base, result, batch), scores=scores
+        )
+
+    def _head_outputs(self, base: PreTrainedModel, batch: Batch, wanted: Wanted) -> TokenOutput:
         decoder, head = base.base_model, base.get_output_embeddings()
         result = decoder(batch.input_ids, **_inputs(decoder, base, batch))
         hidden = result.last_hidden_state.flatten(0, 1)[batch.targets]  # (n, D)
@@ -112,11 +141,15 @@ class TokenModel(nn.Module):
         else:  # wrapped by peft or quantised
             width = base.config.get_text_config().vocab_size
             found = module_outputs(hidden, head, batch.target_ids, self.form, wanted, width)
-        return found, _aux_loss(base, result, batch)
+        values = None if self.value_head is None else self.value_head(hidden)
+        return _token_output(found, values, _aux_loss(base, result, batch))
 
-    def _own_outputs(
-        self, base: PreTrainedModel, batch: Batch, wanted: Wanted
-    ) -> tuple[Outputs, Tensor | None]:
+    def _own_outputs(self, base: PreTrainedModel, batch: Batch, wanted: Wanted) -> TokenOutput:
+        if self.value_head is not None:
+            raise ModelError(
+                f"{type(base).__name__} computes its logits in a way of its own, beside which no "
+                "value head is built. Take a model with an ordinary head."
+            )
         width = batch.input_ids.shape[1]
         columns, index = (batch.targets % width).unique(return_inverse=True)
         inputs = _inputs(base, base, batch)
@@ -128,7 +161,11 @@ class TokenModel(nn.Module):
             logits = result.logits[:, columns]
         chosen = logits[batch.targets // width, index].float()  # (n, V)
         found = logits_outputs(self.form.apply(chosen), batch.target_ids, wanted)
-        return found, _aux_loss(base, result, batch)
+        return _token_output(found, None, _aux_loss(base, result, batch))
+
+
+def _token_output(found: Outputs, values: Tensor | None, aux_loss: Tensor | None) -> TokenOutput:
+    return TokenOutput(found.logprobs, found.entropy, found.is_top1, values, aux_loss)
 
 
 def logit_form(model: PreTrainedModel) -> Form:

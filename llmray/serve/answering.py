@@ -20,12 +20,11 @@ from llmray.errors import DataError
 from llmray.model import embedding, load, tuning, upcast
 from llmray.train.generate import Sampling, generate, max_positions
 from llmray.train.parallel import default_device
+from llmray.train.precision import inference_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Answerer:
         loaded = load.load_model(
             model_dir,
             arguments.model,
-            dtype=_dtype(arguments.model.infer_dtype, device),
+            dtype=inference_dtype(arguments.model.infer_dtype, device),
             device=device,
             gradient_checkpointing=False,
             cutoff_len=arguments.data.cutoff_len,
@@ -143,12 +142,3 @@ def generate_answers(arguments: RunArguments, questions: Sequence[str]) -> list[
     torch.manual_seed(arguments.training.seed)
     prompts = [answerer.prompt_ids([Message("user", question)]) for question in questions]
     return [answerer.text(ids, plain=False).strip() for ids in answerer.generate(prompts)]
-
-
-def _dtype(infer_dtype: str, device: torch.device) -> torch.dtype:
-    if infer_dtype != "auto":
-        return DTYPES[infer_dtype]
-    if device.type != "cuda":
-        return torch.float32
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float16

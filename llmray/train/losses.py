@@ -1,6 +1,6 @@
 """Objectives: what a batch's token outputs are worth. Pure tensor functions; layouts stay outside.
 
-Shape suffixes: n targets of a batch.
+Shape suffixes: n targets of a batch, P pairs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmray.batch import Batch
@@ -60,4 +61,34 @@ class LanguageModeling:
 
     def described(self, means: Mapping[str, float]) -> dict[str, float]:
         """The loss says it all: there are none."""
+        return dict(means)
+
+
+class RewardModeling:
+    """Pairwise ranking of responses by their rewards; its unit is the pair.
+
+    -log sigmoid(r_chosen - r_rejected), equation 1 of https://arxiv.org/abs/2203.02155 for two
+    responses. Samples 2 i and 2 i + 1 are the chosen and the rejected response of pair i.
+    """
+
+    def count(self, batch: Batch) -> int:
+        """The number of pairs."""
+        return batch.num_samples // 2
+
+    def __call__(self, output: TokenOutput, batch: Batch) -> LossOutput:
+        """The summed loss; metrics are the accuracy, the margin and both rewards."""
+        assert output.scores is not None, "the model gives rewards"
+        chosen_P, rejected_P = output.scores[0::2], output.scores[1::2]
+        margins_P = chosen_P - rejected_P
+        metrics = {
+            "accuracy": (margins_P > 0).sum(),
+            "margin": margins_P.sum(),
+            "reward_chosen": chosen_P.sum(),
+            "reward_rejected": rejected_P.sum(),
+        }
+        metrics = {name: value.detach() for name, value in metrics.items()}
+        return LossOutput(loss=-F.logsigmoid(margins_P).sum(), metrics=metrics)
+
+    def described(self, means: Mapping[str, float]) -> dict[str, float]:
+        """The means over pairs, as they are."""
         return dict(means)

@@ -47,6 +47,7 @@ PRECISIONS: dict[str, Precision] = {
     "fp16": Precision("fp16", torch.float16, autocast=torch.float16, scales_loss=True),
     "pure_bf16": Precision("pure_bf16", torch.bfloat16, pure=True),
 }
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 OF_DTYPE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -110,6 +111,16 @@ def _require_bf16(name: str, key: str, device: torch.device) -> None:
             f"{key}: true, but {torch.cuda.get_device_name(device)} has no bf16 arithmetic. "
             "A device with compute capability 8.0 or newer is required. Set fp16: true instead."
         )
+
+
+def inference_dtype(infer_dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of a model that answers or scores: what is asked for, else what suits `device`."""
+    if infer_dtype != "auto":
+        return DTYPES[infer_dtype]
+    if device.type != "cuda":
+        return torch.float32
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
 
 
 def _by_hardware(device: torch.device) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmray.arguments.run import RunArguments
-from llmray.train.losses import LanguageModeling, StageObjective
+from llmray.train.losses import LanguageModeling, RewardModeling, StageObjective
 
 
 @dataclass(frozen=True)
@@ -18,19 +18,25 @@ class Stage:
 
     `objective` makes the loss; `best` names the metric by which checkpoints are compared and
     whether a smaller or a larger value is better; `uses_reference` says whether the loss compares
-    with a reference model.
+    with a reference model. A stage that `scores` trains a value head and predicts no token.
     """
 
     objective: Callable[[RunArguments], StageObjective]
     best: tuple[str, str]
     uses_reference: Callable[[RunArguments], bool] = lambda arguments: False
+    scores: bool = False
 
 
 def _language_modeling(arguments: RunArguments) -> StageObjective:
     return LanguageModeling()
 
 
+def _reward_modeling(arguments: RunArguments) -> StageObjective:
+    return RewardModeling()
+
+
 STAGES: dict[str, Stage] = {
     "pt": Stage(objective=_language_modeling, best=("eval_loss", "min")),
     "sft": Stage(objective=_language_modeling, best=("eval_loss", "min")),
+    "rm": Stage(objective=_reward_modeling, best=("eval_loss", "min"), scores=True),
 }

@@ -25,6 +25,8 @@ def test_a_flat_row_by_hand() -> None:
     assert batch.targets.tolist() == [0, 1, 6]
     assert batch.target_ids.tolist() == [6, 7, 4]
     assert batch.target_sample.tolist() == [0, 0, 2]
+    assert batch.ends is not None
+    assert batch.ends.tolist() == [2, 3, 7]
     assert (batch.num_samples, batch.num_tokens) == (3, 8)
     assert batch.segments is not None
     assert batch.segments.lengths_q == batch.segments.lengths_k == (3, 1, 4)
@@ -39,6 +41,8 @@ def test_a_rectangle_by_hand() -> None:
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
     assert batch.targets.tolist() == [0, 1, 10]
     assert batch.target_ids.tolist() == [6, 7, 4]
+    assert batch.ends is not None
+    assert batch.ends.tolist() == [2, 4, 11]
     assert (batch.num_samples, batch.num_tokens) == (3, 8)
     assert batch.segments is None
 
