@@ -170,6 +170,8 @@ def prepare(words: list[str]) -> int:
         from llmray.orchestration import train_job
 
         ref = train_job.prepare(arguments)
+        if isinstance(ref, int):
+            return ref
     else:
         ref = preparation.prepare(arguments)
     print(preparation.report(ref, perf_counter() - started))

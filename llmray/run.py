@@ -21,6 +21,7 @@ from llmray.arguments.run import RunArguments
 from llmray.assembly import Context, Core, Training, assemble, assemble_evaluation
 from llmray.data import prepared
 from llmray.data.prepared import PreparedRef
+from llmray.data.streaming import Stream
 from llmray.errors import CheckpointError
 from llmray.evaluation import evaluate_rows, predict_rows
 from llmray.model import tuning
@@ -86,6 +87,7 @@ def _train(
     if context.world.is_main:
         files.write_json("trainable_parameters.json", tuning.status(core.engine.model.model))
     first_step = _resume(training)
+    _put_bad_rows_aside(training, files, is_resumed=first_step > 0)
     start = time.perf_counter() - started
     observers = _observers(core, files) if context.world.is_main else ()
     for observer in observers:
@@ -148,6 +150,14 @@ def _evaluate_alone(
     for observer in observers:
         observer.on_end(metrics)
     return RunResult(metrics, stopped, 0)
+
+
+def _put_bad_rows_aside(training: Training, files: Artefacts, *, is_resumed: bool) -> None:
+    """Name the file of a stream's bad rows, of which rank 0 alone has one."""
+    batches, is_main = training.train.batches, training.core.context.world.is_main
+    if isinstance(batches, Stream) and batches.quarantine is not None:
+        path = files.directory / prepared.BAD_ROWS if is_main else None
+        batches.quarantine.open(path, keeps=is_resumed)
 
 
 def _resume(training: Training) -> int:

@@ -459,31 +459,6 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
         "set, which a stream does not know. Set streaming: false.",
     ),
     Combination(
-        ("streaming", "max_samples"),
-        lambda flat: flat["streaming"] and flat["max_samples"] is not None,
-        "The head of a stream is not built yet. Remove max_samples.",
-    ),
-    Combination(
-        ("streaming", "mix_strategy"),
-        lambda flat: flat["streaming"] and flat["mix_strategy"] != "concat",
-        "Interleaving of streams is not built yet; they follow one another. Remove mix_strategy.",
-    ),
-    Combination(
-        ("streaming", "bad_rows"),
-        lambda flat: flat["streaming"] and flat["bad_rows"] == "quarantine",
-        "Rows of a stream are not put aside yet. Set bad_rows: skip.",
-    ),
-    Combination(
-        ("streaming", "predict_with_generate"),
-        lambda flat: flat["streaming"] and flat["predict_with_generate"],
-        "Responses to rows of a stream are not built yet. Remove one of the two.",
-    ),
-    Combination(
-        ("streaming", "tokenized_path"),
-        lambda flat: flat["streaming"] and flat["tokenized_path"] is not None,
-        "Keeping what was streamed is not built yet. Remove tokenized_path.",
-    ),
-    Combination(
         ("load_best_model_at_end", "stage"),
         lambda flat: flat["load_best_model_at_end"] and flat["stage"] in ("rm", "ppo"),
         "The best of stages rm and ppo is not built yet. Remove load_best_model_at_end.",

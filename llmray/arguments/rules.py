@@ -231,6 +231,13 @@ def streams_are_not_planned(arguments: RunArguments) -> Iterator[Problem]:
             "streaming=true with train_sampling_strategy=group_by_length: a stream does not know "
             "the lengths of all rows. Remove train_sampling_strategy.",
         )
+    if data.tokenized_path is not None:
+        yield Problem(
+            ("streaming", "tokenized_path"),
+            f"streaming=true with tokenized_path={data.tokenized_path}: a stream keeps nothing, "
+            "and prepared data is mapped, never read into memory as a whole. Remove streaming to "
+            "use or to write what tokenized_path names, or remove tokenized_path.",
+        )
     for key in ("save_strategy", "eval_strategy", "logging_strategy"):
         if getattr(training, key) == "epoch":
             yield Problem(

@@ -7,20 +7,23 @@ stream = access.open_stream(arguments, model_dir, root=..., ranks=ranks)    # if
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmray.data import identity, planning, prepared, sources
-from llmray.data.file_rows import FileRows, Ranks
+from llmray.data.file_rows import FileRows, FileSet, Ranks
 from llmray.data.planning import Plan
 from llmray.data.prepared import BuildShards, PreparedRef
+from llmray.data.quarantine import Quarantine
 from llmray.data.shards import Sample
 from llmray.data.sources import DataSet
+from llmray.data.stream_mixing import MixedRows, Mixing
 from llmray.data.streaming import Stream, StreamOptions, block
 from llmray.errors import DataError
 
@@ -33,11 +36,12 @@ class StreamRef:
     """What is streamed; picklable. `key` follows from the files' names and sizes, not their bytes.
 
     Two nodes whose files lie at different places come to the same key. `fingerprint` holds, in JSON
-    types, all that it follows from.
+    types, all that it follows from, and `files` the paths of the sets' files here.
     """
 
     key: str
     fingerprint: dict[str, Any] = field(repr=False, default_factory=dict)
+    files: dict[str, list[list[str]]] = field(repr=False, compare=False, default_factory=dict)
 
 
 class MemoryTable:
@@ -106,7 +110,11 @@ def ready(
     found = identity.describe(arguments, Path(model_dir), [], [], digests)
     found["sets"] = [_described(dataset) for dataset in train]
     found["eval_sets"] = [_described(dataset) for dataset in evaluation]
-    return StreamRef(identity.key_of(found), found)
+    paths = {
+        name: [[file.name for file in dataset.files] for dataset in sets]
+        for name, sets in (("sets", train), ("eval_sets", evaluation))
+    }
+    return StreamRef(identity.key_of(found), found, paths)
 
 
 def place_here(ref: PreparedRef | StreamRef, root: Path) -> PreparedRef | StreamRef:
@@ -128,12 +136,15 @@ def open_stream(
     """
     train, evaluation = _sets(arguments, Path(root))
     plan = planning.make_plan(planning.Job("", "", {}, [], []), arguments, Path(model_dir))
-    held_out, tables = _held_out(arguments, plan, train, ranks)
+    quarantine = Quarantine() if plan.bad_rows == "quarantine" else None
+    read = partial(_rows, arguments, plan, ranks, quarantine)
+    held_out, tables = _held_out(arguments, plan, partial(read, train))
     one_by_one = arguments.data.eval_on_each_dataset
     names = [f"eval_{dataset.name}" if one_by_one else "eval" for dataset in evaluation]
     for name in dict.fromkeys(names):
         sets = [each for each, own in zip(evaluation, names, strict=True) if own == name]
-        tables[name] = _table(list(_reader(plan, "eval", sets, ranks)), plan)
+        rows = [row.sample for row in read(sets, "eval", Mixing()) if row.sample is not None]
+        tables[name] = _table(rows, plan)
     training = arguments.training
     options = StreamOptions(
         per_device=training.per_device_train_batch_size,
@@ -144,7 +155,7 @@ def open_stream(
         held_out=held_out,
         drop_last=training.dataloader_drop_last,
     )
-    return Streamed(Stream(_reader(plan, "train", train, ranks), options), tables)
+    return Streamed(Stream(read(train, "train"), options, quarantine), tables)
 
 
 def _sets(arguments: RunArguments, root: Path) -> tuple[list[DataSet], list[DataSet]]:
@@ -164,19 +175,40 @@ def _sets(arguments: RunArguments, root: Path) -> tuple[list[DataSet], list[Data
     return sources.fetched(train), sources.fetched(evaluation)
 
 
-def _described(dataset: DataSet) -> list[Any]:
+def _described(dataset: DataSet) -> dict[str, Any]:
     layout = dataset.layout
-    names = [layout.formatting, dict(layout.columns), dict(layout.tags)]
-    files = [
-        [file.format, os.path.basename(file.name), os.stat(file.path).st_size]
-        for file in dataset.files
+    return {
+        "formatting": layout.formatting,
+        "columns": dict(layout.columns),
+        "tags": dict(layout.tags),
+        "files": [
+            [file.format, os.path.basename(file.name), os.stat(file.path).st_size]
+            for file in dataset.files
+        ],
+    }
+
+
+def _rows(
+    arguments: RunArguments,
+    plan: Plan,
+    ranks: Ranks,
+    quarantine: Quarantine | None,
+    sets: Sequence[DataSet],
+    table: str,
+    mixed: Mixing | None = None,
+) -> MixedRows:
+    """The rows of sets, mixed as the run says if nothing else is."""
+    data = arguments.data
+    if mixed is None:
+        mixed = Mixing(data.mix_strategy, data.interleave_probs, arguments.training.seed)
+    counts = accumulate((len(dataset.files) for dataset in sets), initial=0)
+    numbered = [
+        FileSet(first, tuple(dataset.files), dataset.layout, data.max_samples)
+        for first, dataset in zip(counts, sets, strict=False)
     ]
-    return [*names, files]
-
-
-def _reader(plan: Plan, table: str, sets: Sequence[DataSet], ranks: Ranks) -> FileRows:
-    layouts = [(file, dataset.layout) for dataset in sets for file in dataset.files]
-    return FileRows(plan, table, layouts, ranks)
+    groups = [numbered] if mixed.strategy == "concat" else [[each] for each in numbered]
+    readers = [FileRows(plan, table, group, ranks, quarantine) for group in groups]
+    return MixedRows(readers, [dataset.name for dataset in sets], mixed)
 
 
 def _buffer_size(arguments: RunArguments) -> int | None:
@@ -184,22 +216,47 @@ def _buffer_size(arguments: RunArguments) -> int | None:
 
 
 def _held_out(
-    arguments: RunArguments, plan: Plan, train: Sequence[DataSet], ranks: Ranks
-) -> tuple[frozenset[int], dict[str, MemoryTable]]:
-    """Which rows of the stream are set aside, and the table of them."""
+    arguments: RunArguments, plan: Plan, read: Callable[[str], MixedRows]
+) -> tuple[frozenset[tuple[int, int]], dict[str, MemoryTable]]:
+    """Which rows of the stream are set aside, and the table of them.
+
+    Each row counts once, however often it is drawn: no row is both trained and evaluated.
+    """
     count = int(arguments.data.val_size)
     if not count:
         return frozenset(), {}
     window = max(arguments.data.buffer_size, count + 1)
-    rows = list(islice(_reader(plan, "train", train, ranks), window))
-    if len(rows) <= count:
+    found: dict[tuple[int, int], Sample] = {}
+    for row in read("train"):
+        if row.sample is not None:
+            found.setdefault(row.number, row.sample)
+        if len(found) == window:
+            break
+    if len(found) <= count:
         raise DataError(
-            f"val_size={count} sets {count} rows aside, and there are {len(rows)}. Required: rows "
+            f"val_size={count} sets {count} rows aside, and there are {len(found)}. Required: rows "
             "left to train on. Lower val_size, or take more data."
         )
     draw = np.random.Generator(np.random.PCG64(arguments.training.seed))
-    chosen = np.sort(draw.permutation(len(rows))[:count]).tolist()
-    return frozenset(chosen), {"eval": _table([rows[index] for index in chosen], plan)}
+    places = np.sort(draw.permutation(len(found))[:count]).tolist()
+    numbers = [list(found)[place] for place in places]
+    rows = [found[number] for number in numbers]
+    if plan.judges_responses:
+        rows = _again(read("eval"), numbers)
+    return frozenset(numbers), {"eval": _table(rows, plan)}
+
+
+def _again(rows: MixedRows, numbers: Sequence[tuple[int, int]]) -> list[Sample]:
+    """Rows of some numbers, as another table has them."""
+    left = set(numbers)
+    found = []
+    for row in rows:
+        if row.number in left:
+            left.remove(row.number)
+            found += [] if row.sample is None else [row.sample]
+        if not left:
+            break
+    return found
 
 
 def _table(rows: Sequence[Sample], plan: Plan) -> MemoryTable:

@@ -6,7 +6,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,14 @@ class ShardReport:
     """What came of a shard: sums of its files by name, counts by table, and wrong rows.
 
     `firsts` says of a count, by its name, where the first such row is. `problems` are wrong rows
-    that must not be.
+    that must not be. `is_new` says that it was built for this report, not found finished.
     """
 
     files: dict[str, FileSum]
     counts: dict[str, int]
     firsts: dict[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    is_new: bool = False
 
 
 @dataclass
@@ -136,13 +137,14 @@ def _write(plan: Plan, index: int, found: SortedRows) -> ShardReport:
             shards.write(staging / names[-1], rows, found.numbers[table])
     if found.bad:
         names.append(_bad_file(index))
-        store.write_atomic(staging / names[-1], "".join(map(_bad_line, found.bad)))
+        store.write_atomic(staging / names[-1], "".join(map(bad_line, found.bad)))
     done = ShardReport(store.seal(staging, names), counts, found.firsts)
     store.write_atomic(staging / _note(index), json.dumps(asdict(done), sort_keys=True))
-    return done
+    return replace(done, is_new=True)
 
 
-def _bad_line(row: Mapping[str, Any]) -> str:
+def bad_line(row: Mapping[str, Any]) -> str:
+    """A row that was put aside, as a line of JSON."""
     line = json.dumps(row, ensure_ascii=False, default=str)
     try:
         line.encode()

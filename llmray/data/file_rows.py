@@ -1,4 +1,4 @@
-"""The rows of files in order, from any place of them, as all ranks come to know them.
+"""The rows of sets in order, from any place of them, as all ranks come to know them.
 
 A round is one piece for each rank. A rank builds the rows of its piece in a thread, while the rows
 of the round before are trained on; the exchange is a collective call of the caller's own thread.
@@ -20,6 +20,7 @@ from llmray.data.build import ShardReport
 from llmray.data.conversation import RowFormat
 from llmray.data.pieces import DataFile, Piece
 from llmray.data.planning import Plan, Shard
+from llmray.data.quarantine import Quarantine
 from llmray.data.shards import Sample, SampleTable
 from llmray.errors import LlmrayError
 
@@ -47,56 +48,88 @@ class Place:
 
 
 @dataclass(frozen=True)
+class FileSet:
+    """The files of a set of a stream, which count from `first_file`; at most `head` rows of them.
+
+    Numbers of files are those of all sets together, so that each row has a number of its own.
+    """
+
+    first_file: int
+    files: tuple[DataFile, ...]
+    layout: RowFormat
+    head: int | None = None
+
+
+@dataclass(frozen=True)
+class StreamRow:
+    """A row of the files; `sample` is None where it is left out.
+
+    `number` has its file and its row there, `place` is where the next one is.
+    """
+
+    number: tuple[int, int]
+    place: Place
+    sample: Sample | None
+
+
+@dataclass(frozen=True)
 class _Part:
-    """What came of a rank's piece in a round; `rows` is the content of a shard's file."""
+    """What came of a rank's piece in a round; `rows` is the content of a shard's file.
+
+    Of the piece's rows, which are `num_rows`, `numbers` are those in `rows`.
+    """
 
     places: tuple[Place, ...]  # of all pieces of the round
+    first_row: int = 0  # of the piece, in its file
+    num_rows: int = 0
     rows: bytes | None = None
+    numbers: tuple[int, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    bad: tuple[dict[str, Any], ...] = ()
     error: LlmrayError | None = None
 
 
 class FileRows:
-    """Rows of some files; iterating goes on from `place`.
-
-    Attributes:
-        place: that of the row that was given last.
-    """
+    """Rows of some sets, one after the other; iterating goes on from where it was started."""
 
     def __init__(
         self,
         plan: Plan,
         table: str,
-        layouts: Sequence[tuple[DataFile, RowFormat]],
+        sets: Sequence[FileSet],
         ranks: Ranks,
+        quarantine: Quarantine | None = None,
     ) -> None:
         """Read from the beginning.
 
         Args:
             plan: how rows are built; its shards are not looked at.
             table: what the rows are for, `train` or `eval`.
-            layouts: files in order, with how their rows are laid out.
+            sets: in order.
             ranks: who share the work.
+            quarantine: where rows go that cannot be read.
         """
         self.ranks = ranks
-        self.place = Place()
-        self._plan, self._table, self._layouts = plan, table, layouts
+        self._begin = Place(sets[0].first_file if sets else 0)
+        self._place = self._begin
+        self._plan, self._table, self._sets = plan, table, sets
+        self._quarantine = quarantine
         self._counts: dict[str, int] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
 
-    def start(self, place: Place) -> None:
-        """Go on from a place when it is iterated next."""
-        self.place = place
+    def start(self, place: Place | None = None) -> None:
+        """Go on from a place, or the beginning, when it is iterated next."""
+        self._place = place or self._begin
         self._counts = {}
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def __iter__(self) -> Iterator[Sample]:
-        pieces = self._pieces(self.place)
-        taken = self.place.taken
+    def __iter__(self) -> Iterator[StreamRow]:
+        pieces = self._pieces(self._place)
+        taken = self._place.taken
         coming = self._thread.submit(self._load, pieces)
         while True:
             parts = self.ranks.gather(coming.result())
@@ -106,19 +139,22 @@ class FileRows:
             coming = self._thread.submit(self._load, pieces)
             for place, part in zip(parts[0].places, parts, strict=False):
                 self._count(part)
-                for index, row in _rows(part, taken):
-                    self.place = replace(place, taken=index + 1)
-                    yield row
+                yield from _rows(part, place, taken)
                 taken = 0
         self._report()
 
     def _pieces(self, begin: Place) -> Iterator[tuple[Place, Piece, RowFormat]]:
-        for number, (file, layout) in enumerate(self._layouts):
-            if number < begin.file:
-                continue
-            for piece in files.pieces(file, PIECE_BYTES):
-                if number > begin.file or piece.start >= begin.start:
-                    yield Place(number, piece.start), piece, layout
+        for each in self._sets:
+            left = each.head
+            for number, file in enumerate(each.files, each.first_file):
+                if number < begin.file and left is None:
+                    continue
+                num_rows = 0
+                for piece in files.pieces(file, PIECE_BYTES, left):
+                    num_rows += piece.num_rows
+                    if (number, piece.start) >= (begin.file, begin.start):
+                        yield Place(number, piece.start), piece, each.layout
+                left = None if left is None else left - num_rows
 
     def _load(self, pieces: Iterator[tuple[Place, Piece, RowFormat]]) -> _Part:
         """The next round, of which this rank builds one piece; what is wrong is told, not raised.
@@ -138,17 +174,23 @@ class FileRows:
         rows = found.kept[self._table]
         return _Part(
             places,
+            piece.first_row,
+            piece.num_rows,
             shards.to_bytes(rows) if rows else None,
+            tuple(found.numbers[self._table]),
             found.counts,
             tuple(found.problems),
+            tuple(found.bad),
         )
 
     def _count(self, part: _Part) -> None:
         for name, count in part.counts.items():
             self._counts[name] = self._counts.get(name, 0) + count
+        if self._quarantine is not None:
+            self._quarantine.add(part.bad)
 
     def _report(self) -> None:
-        """Say what an epoch came to; a resumed one from where it was resumed."""
+        """Say what came of the rows; after a resume of those since."""
         said = {
             "truncated": "cut to cutoff_len",
             "over_limit": "over cutoff_len left out",
@@ -165,14 +207,17 @@ def _listed(parts: Sequence[str]) -> str:
     return f"; of these {', '.join(parts)}" if parts else ""
 
 
-def _rows(part: _Part, first: int) -> Iterator[tuple[int, Sample]]:
-    """Rows of a part from number `first` on, each with its number, in memory of its own."""
-    if part.rows is None:
-        return
-    table = SampleTable([part.rows])
-    for index in range(first, len(table)):
-        sample = table[index]
-        yield index, replace(sample, input_ids=np.array(sample.input_ids))
+def _rows(part: _Part, place: Place, first: int) -> Iterator[StreamRow]:
+    """All rows of a part from number `first` on, what they hold in memory of its own."""
+    table = SampleTable([part.rows]) if part.rows is not None else None
+    at = dict(zip(part.numbers, range(len(part.numbers)), strict=True))
+    for number in range(first, part.num_rows):
+        sample = None
+        if table is not None and number in at:
+            sample = table[at[number]]
+            sample = replace(sample, input_ids=np.array(sample.input_ids))
+        after = replace(place, taken=number + 1)
+        yield StreamRow((place.file, part.first_row + number), after, sample)
 
 
 def _raise(parts: Sequence[_Part]) -> None:

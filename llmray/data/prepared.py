@@ -9,13 +9,10 @@ shard is never built again: a build that was killed goes on where it was.
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from logging import getLogger
@@ -25,9 +22,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmray import store
-from llmray.data import build, identity, packing, planning, sources, summary, workers
+from llmray.data import (
+    build,
+    identity,
+    intact,
+    packing,
+    planning,
+    sources,
+    summary,
+    workers,
+)
 from llmray.data.build import ShardReport
+from llmray.data.differences import OF_SOURCES, differences
 from llmray.data.features import FEATURES, OF_STAGE
+from llmray.data.locks import locked, this_run
 from llmray.data.mismatched import JudgedTable
 from llmray.data.packing import PackedTable
 from llmray.data.planning import Plan
@@ -67,9 +75,6 @@ KIND = "prepared data"
 BAD_ROWS = "bad_rows.jsonl"
 build_shard = build.build_shard
 
-# what of a description follows from the data sets' files
-OF_SOURCES = ("sets", "eval_sets")
-
 # builds the shards of a plan, wherever it likes, and yields their reports in any order
 BuildShards = Callable[[Plan], Iterable[ShardReport]]
 
@@ -78,7 +83,9 @@ BuildShards = Callable[[Plan], Iterable[ShardReport]]
 class PreparedRef:
     """Where prepared data lies, and its counts; picklable.
 
-    `fingerprint` holds, in JSON types, all that decided the data.
+    `fingerprint` holds, in JSON types, all that decided the data, and `files` the paths of what its
+    sets were read from here, if that was looked at. `num_built` counts the rows that were read and
+    tokenized for this reference; none, if all were found.
     """
 
     path: str
@@ -88,6 +95,8 @@ class PreparedRef:
     num_tokens: int
     num_targets: int
     fingerprint: dict[str, Any] = field(repr=False, default_factory=dict)
+    files: dict[str, list[list[str]]] = field(repr=False, compare=False, default_factory=dict)
+    num_built: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -132,20 +141,21 @@ def ensure(
             return _kept_at(data.tokenized_path, arguments, model_dir, root)
     inputs = _inputs(arguments, model_dir, root)
     target = data.tokenized_path or str(root / inputs.key)
-    token = run_token or _run_token()
+    token = run_token or this_run()
     if not data.overwrite_cache and not data.tokenized_path and store.is_committed(target):
-        return _used(target)
-    with _locked(Path(f"{target}.lock")):
+        return _used(target, root, inputs)
+    with locked(Path(f"{target}.lock"), "data: another process is preparing it; waiting"):
         if store.is_committed(target) and not (
             data.overwrite_cache and _metadata(target)["run_token"] != token
         ):
             if data.tokenized_path:  # whoever held the lock may have prepared other inputs
                 return _kept_at(target, arguments, model_dir, root)
-            return _used(target)
+            return _used(target, root, inputs)
         if data.overwrite_cache:
             store.remove(planning.staging_of(target, inputs.key))
-        _build(inputs, arguments, model_dir, target, token, build_shards)
-    return _ref(target)
+        num_built = _build(inputs, arguments, model_dir, target, token, build_shards)
+        intact.remember(target, root)
+    return replace(_ref(target), files=inputs.files, num_built=num_built)
 
 
 def has_sources(arguments: RunArguments, *, root: Path) -> bool:
@@ -202,7 +212,7 @@ def commit(plan: Plan, *, run_token: str | None = None) -> PreparedRef:
     metadata: dict[str, Any] = {
         "kind": KIND,
         "key": plan.key,
-        "run_token": run_token or _run_token(),
+        "run_token": run_token or this_run(),
         "built_at": time.time(),
         "block_len": plan.block_len,
         "tables": build.tables(plan, reports),
@@ -288,6 +298,15 @@ class _Inputs:
     description: dict[str, Any]
     key: str
 
+    @property
+    def files(self) -> dict[str, list[list[str]]]:
+        """The paths of the files of each set, by what `description` calls the sets."""
+        found = {"sets": self.train, "eval_sets": self.evaluation}
+        return {
+            name: [[file.name for file in dataset.files] for dataset in sets]
+            for name, sets in found.items()
+        }
+
 
 def _refuse_foreign(place: str) -> None:
     """Fail where `tokenized_path` cannot hold prepared data, or holds something else."""
@@ -308,8 +327,9 @@ def _refuse_foreign(place: str) -> None:
 def _kept_at(place: str, arguments: RunArguments, model_dir: Path, root: Path) -> PreparedRef:
     """What lies at `tokenized_path`; fails if it was made from other inputs."""
     theirs = dict(_metadata(place)["inputs"])
-    if has_sources(arguments, root=root):
-        ours = _inputs(arguments, model_dir, root).description
+    inputs = _inputs(arguments, model_dir, root) if has_sources(arguments, root=root) else None
+    if inputs is not None:
+        ours = inputs.description
     else:
         ours = _describe(arguments, model_dir, [], [], root)
         for name in OF_SOURCES:
@@ -327,23 +347,7 @@ def _kept_at(place: str, arguments: RunArguments, model_dir: Path, root: Path) -
             "the same. Name another directory, take these settings back, or set overwrite_cache: "
             "true to prepare it anew."
         )
-    return _used(place)
-
-
-def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """What of two fingerprints differs, each in a few words: theirs there, ours here."""
-    names = sorted({*theirs, *ours})
-    return [
-        f"{name} {_short(theirs.get(name))} there, {_short(ours.get(name))} here"
-        for name in names
-        if json.dumps(theirs.get(name), sort_keys=True)
-        != json.dumps(ours.get(name), sort_keys=True)
-    ]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= 60 else f"{text[:50]}… ({identity.key_of({'': value})[:8]})"
+    return _used(place, root, inputs)
 
 
 def sets_of(
@@ -406,43 +410,55 @@ def _build(
     target: str,
     token: str,
     build_shards: BuildShards | None,
-) -> None:
+) -> int:
+    """Build what is not finished, and commit; returns how many rows that were."""
     started = time.perf_counter()
     store.sweep(Path(target).parent)
-    made = _plan(inputs, arguments, model_dir, target)
-    with store.explained(made.staging):
-        Path(made.staging).mkdir(parents=True, exist_ok=True)
-    store.sweep(made.staging)
-    if build_shards is None:
-        reports = _build_here(made, arguments.data.preprocessing_num_workers or 1)
-    else:
-        reports = build_shards(made)
-    _refuse_wrong_rows(reports)
+    with ExitStack() as stack:
+        num_workers = arguments.data.preprocessing_num_workers or 1
+        if build_shards is None and num_workers > 1:
+            # they import while the plan is made
+            processes = workers.Processes(num_workers, early=_least_shards(inputs, arguments))
+            build_shards = stack.enter_context(processes).build
+        made = _plan(inputs, arguments, model_dir, target)
+        with store.explained(made.staging):
+            Path(made.staging).mkdir(parents=True, exist_ok=True)
+        store.sweep(made.staging)
+        if build_shards is not None:
+            reports = build_shards(made)
+        else:
+            reports = (build_shard(made, index) for index in range(len(made.shards)))
+        num_built = _refuse_wrong_rows(reports)
     commit(made, run_token=token)
     metadata = _metadata(target)
     summary.say(metadata["counts"], arguments.data.truncation, time.perf_counter() - started)
     if "packing" in metadata:
         rows = metadata["counts"]["train_rows"]
         log.info("data: %d rows packed into %s", rows, packing.described(metadata["packing"]))
+    return num_built
 
 
-def _build_here(made: Plan, num_workers: int) -> Iterable[ShardReport]:
-    """Build all shards that are not finished, in this process or in several."""
-    num_workers = min(num_workers, len(made.shards))
-    if num_workers > 1:
-        return workers.build_shards(made, num_workers)
-    return (build_shard(made, index) for index in range(len(made.shards)))
+def _least_shards(inputs: _Inputs, arguments: RunArguments) -> int:
+    """How many shards there will be at least, as far as that is known from the files' sizes."""
+    if arguments.data.max_samples is not None:
+        return 0
+    paths = [file.path for dataset in [*inputs.train, *inputs.evaluation] for file in dataset.files]
+    size = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
+    return min(size // planning.LEAST_SHARD_BYTES, planning.NUM_SHARDS)
 
 
-def _refuse_wrong_rows(reports: Iterable[ShardReport]) -> None:
-    """Take all reports, or as many as show enough wrong rows to say."""
+def _refuse_wrong_rows(reports: Iterable[ShardReport]) -> int:
+    """Take all reports, or as many as show enough wrong rows to say; returns how many were read."""
     wrong: list[ShardReport] = []
+    num_read = 0
     for report in reports:
+        num_read += report.counts["read"] if report.is_new else 0
         if report.problems:
             wrong.append(report)
         if sum(len(report.problems) for report in wrong) >= build.MOST_PROBLEMS:
             break
     build.raise_problems(wrong)
+    return num_read
 
 
 def _metadata(path: str) -> dict[str, Any]:
@@ -466,38 +482,9 @@ def _ref(path: str) -> PreparedRef:
     )
 
 
-def _used(path: str) -> PreparedRef:
-    """`_ref`, and the time of this use kept, as far as this user may write it."""
+def _used(path: str, root: Path, inputs: _Inputs | None = None) -> PreparedRef:
+    """`_ref` of what is intact, and the time of this use kept, as far as this user may write it."""
+    intact.check(path, root)
     with suppress(OSError):
         os.utime(store.join(path, store.MANIFEST))
-    return _ref(path)
-
-
-_calls = 0
-
-
-def _run_token() -> str:
-    """A name of this call that the ranks of one torchrun share; else one that nothing has."""
-    global _calls
-    _calls += 1
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return uuid.uuid4().hex
-    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
-    shared = [os.environ.get(name, "") for name in names]
-    return "/".join([*shared, str(os.getppid()), str(_calls)])
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with store.explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("data: another process is preparing it; waiting")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    return replace(_ref(path), files=inputs.files if inputs is not None else {})

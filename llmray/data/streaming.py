@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from llmray.data.batches import check_order, check_step, share
-from llmray.data.file_rows import FileRows, Place
+from llmray.data.quarantine import Quarantine
 from llmray.data.shards import Sample
+from llmray.data.stream_mixing import MixedRows
 from llmray.errors import DataError
 
 log = getLogger("llmray")
@@ -30,8 +31,8 @@ class StreamOptions:
     """How rows become steps.
 
     `block_len` lays the tokens of all rows into blocks; `buffer_size` of None keeps the order of
-    the files. `held_out` counts rows of an epoch from 0; they are not given. `drop_last` leaves out
-    the last step of an epoch when it is not full.
+    the files. `held_out` has numbers of rows that are not given. `drop_last` leaves out the last
+    step of an epoch when it is not full.
     """
 
     per_device: int
@@ -39,7 +40,7 @@ class StreamOptions:
     seed: int
     buffer_size: int | None
     block_len: int | None = None
-    held_out: frozenset[int] = frozenset()
+    held_out: frozenset[tuple[int, int]] = frozenset()
     drop_last: bool = False
 
 
@@ -48,7 +49,6 @@ class _Position:
     """Where a stream stands: all but what lies in its buffer."""
 
     epoch: int = 0
-    num_read: int = 0  # rows of the epoch, those that are held out included
     num_drawn: int = 0  # rows of the epoch that left the buffer
 
 
@@ -59,11 +59,14 @@ class Stream:
 
     Attributes:
         global_batch: rows of a full step, over all ranks and micro-batches.
+        quarantine: where rows go that cannot be read, if they are put aside.
     """
 
-    def __init__(self, reader: FileRows, options: StreamOptions) -> None:
-        self._reader, self._options = reader, options
-        self._ranks = reader.ranks
+    def __init__(
+        self, rows: MixedRows, options: StreamOptions, quarantine: Quarantine | None = None
+    ) -> None:
+        self._source, self._options, self.quarantine = rows, options, quarantine
+        self._ranks = rows.ranks
         self.global_batch = options.per_device * options.accumulation * self._ranks.world_size
         self._at = _Position()
         self._buffer: list[Sample] = []
@@ -86,14 +89,14 @@ class Stream:
         return [[rows[index] for index in part.tolist()] for part in dealt]
 
     def close(self) -> None:
-        """End the thread that reads ahead."""
-        self._reader.close()
+        """End the threads that read ahead."""
+        self._source.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the files, the buffer, and what the order of rows follows from."""
         return {
             "position": asdict(self._at),
-            "place": asdict(self._reader.place),
+            "rows": self._source.state(),
             "rest": self._rest.tolist(),
             "buffer": pack_samples(self._buffer),
             "seed": self._options.seed,
@@ -112,7 +115,7 @@ class Stream:
         check_order(state, asdict(options), names)
         check_step(state, options.per_device, options.accumulation, self._ranks.world_size)
         self._at = _Position(**state["position"])
-        self._reader.start(Place(**state["place"]))
+        self._source.start(state["rows"])
         self._rest = np.array(state["rest"], np.int32)
         self._buffer = unpack_samples(state["buffer"])
         self._rows = self._shuffled()
@@ -124,7 +127,7 @@ class Stream:
         return rows if is_full or not self._options.drop_last else []
 
     def _next_epoch(self) -> list[Sample]:
-        self._reader.start(Place())
+        self._source.start()
         self._at = _Position(epoch=self._at.epoch + 1)
         self._rows = self._shuffled()
         rows = self._take()
@@ -181,10 +184,9 @@ class Stream:
             yield block(rest)
 
     def _kept(self) -> Iterator[Sample]:
-        for row in self._reader:
-            self._at.num_read += 1
-            if self._at.num_read - 1 not in self._options.held_out:
-                yield row
+        for row in self._source:
+            if row.sample is not None and row.number not in self._options.held_out:
+                yield row.sample
 
 
 def block(ids: np.ndarray) -> Sample:

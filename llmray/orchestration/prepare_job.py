@@ -22,8 +22,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llmray import hub, store
 from llmray.arguments import environment
-from llmray.data import access, prepared
+from llmray.data import access, intact, prepared
 from llmray.data.access import StreamRef
+from llmray.data.differences import differences
 from llmray.errors import ClusterError, LlmrayError
 from llmray.orchestration import cluster
 from llmray.orchestration.plan import Node
@@ -67,24 +68,29 @@ def prepare(
     if shares and others:
         return _prepare_together(arguments, nodes, others, environ)
     if len(others) < len(nodes):
+        start = [node for node in nodes if node.node_id == driver_node]
         first = ready_here(arguments, {})
     else:
-        [first] = _on_nodes(arguments, others[:1], environ)
+        start, others = others[:1], others[1:]
+        [first] = _on_nodes(arguments, start, environ)
+    place = start[0].address
     if not others:
         return first[1]
     if isinstance(first[1], StreamRef):
-        rest = others if len(others) < len(nodes) else others[1:]
-        refs = [first[1], *(ref for _, ref in _on_nodes(arguments, rest, environ))]
-        _compare(refs, len(nodes))
+        found = _on_nodes(arguments, others, environ)
+        _compare(first[1], place, [ref for _, ref in found], others)
         return first[1]
     # where the cache is shared they have it now, and the rest need not even look for it
     seen = cluster.on_nodes(
         others, _has, str(first[0]), first[1], arguments.data.tokenized_path, **_with(environ)
     )
     rest = [node for node in others if not seen[node.node_id]]
-    blind = _blind(arguments, rest, environ) if len(others) < len(nodes) else []
-    made = _on_nodes(arguments, [node for node in rest if node not in blind], environ)
-    _compare([first[1], *(ref for _, ref in made)], len(nodes))
+    is_here = start[0].node_id == driver_node
+    blind = _blind(arguments, rest, environ) if is_here else []
+    rest = [node for node in rest if node not in blind]
+    found = _on_nodes(arguments, rest, environ)
+    _compare(first[1], place, [ref for _, ref in found], rest)
+    _say_rows([first[1], *(ref for _, ref in found)], [*start, *rest])
     for node in blind:
         _send(first[1], node, environ, arguments.data.tokenized_path)
     return first[1]
@@ -100,7 +106,7 @@ def _prepare_together(
     cluster.check_visible(others, shared, "tokenized_path" if place else "LLMRAY_CACHE")
     _, ref = ready_here(arguments, {}, _Spread(nodes, environ))
     assert isinstance(ref, prepared.PreparedRef), "streams are not built"
-    seen = cluster.on_nodes(others, os.path.isdir, ref.path)
+    seen = cluster.on_nodes(others, _sees_intact, ref.path, timeout_s=None, **_with(environ))
     if not all(seen.values()):
         raise ClusterError(
             f"data_shared_file_system=true, but {ref.path} is not seen by all nodes. Required: one "
@@ -134,14 +140,22 @@ class _Spread:
             ).remote(shared, index)
             for index, node in zip(range(len(plan.shards)), self._turns(), strict=False)
         ]
-        where: Counter[str] = Counter()
+        shards: Counter[str] = Counter()
+        rows: Counter[str] = Counter()
         while waiting:
             [done], waiting = ray.wait(waiting, num_returns=1)
             report, address = _result(done)
-            where[address] += 1
+            shards[address] += report.is_new
+            rows[address] += report.counts["read"] if report.is_new else 0
             yield report
-        said = ", ".join(f"{count} on {address}" for address, count in sorted(where.items()))
-        log.info("data: %d shard(s) prepared by the cluster: %s", len(plan.shards), said)
+        said = [f"{count} on {address}" for address, count in sorted(shards.items()) if count]
+        log.info(
+            "data: %d shard(s), %d rows prepared by the cluster: %s; %d shard(s) were there",
+            shards.total(),
+            rows.total(),
+            ", ".join(said) or "none",
+            len(plan.shards) - shards.total(),
+        )
 
     def _turns(self) -> Iterator[Node]:
         able = [node for node in self.nodes if node.resources.get("CPU", 0) >= 1]
@@ -168,16 +182,31 @@ def _build_shard(plan: prepared.Plan, index: int) -> tuple[prepared.ShardReport,
     return prepared.build_shard(plan, index), ray.util.get_node_ip_address()
 
 
-def _compare(refs: Sequence[Ref], num_nodes: int) -> None:
-    """Fail where nodes came to different data; says what differs."""
-    first = refs[0]
-    for ref in refs[1:]:
+def _compare(first: Ref, place: str, refs: Sequence[Ref], nodes: Sequence[Node]) -> None:
+    """Fail where a node came to other data than the first one at `place`; says what differs."""
+    wrong = []
+    for ref, node in zip(refs, nodes, strict=True):
         if ref.key != first.key:
-            wrong = "; ".join(prepared.differences(first.fingerprint, ref.fingerprint))
-            raise ClusterError(
-                f"The data set comes out differently on {num_nodes} nodes: {wrong}. All nodes need "
-                "the same data files, model and llmray: put them on shared storage."
-            )
+            there, here = f"on {place}", f"on {node.address}"
+            found = differences(first.fingerprint, ref.fingerprint, there, here, ref.files)
+            wrong += found
+    if wrong:
+        raise ClusterError(
+            f"The data set does not come out the same on all nodes: {'; '.join(wrong)}. Required: "
+            "the same data files, model and llmray on each. Copy them, or share storage."
+        )
+
+
+def _say_rows(refs: Sequence[Ref], nodes: Sequence[Node]) -> None:
+    """Say how many rows each node tokenized for itself."""
+    pairs = zip(refs, nodes, strict=True)
+    built = [
+        f"{ref.num_built} rows on {node.address}"
+        for ref, node in pairs
+        if isinstance(ref, prepared.PreparedRef) and ref.num_built
+    ]
+    if built:
+        log.info("data: prepared on each node that needs it: %s", ", ".join(built))
 
 
 def _blind(arguments: RunArguments, nodes: Sequence[Node], environ: Environment) -> list[Node]:
@@ -207,8 +236,15 @@ def _send(ref: prepared.PreparedRef, node: Node, environ: Environment, place: st
 
 
 def _receive(place: str | None, key: str, name: str, content: bytes) -> None:
-    """Write one file of prepared data; its manifest comes last, and is the commit."""
-    store.write_atomic((Path(place) if place else prepared_root() / key) / name, content)
+    """Write one file of prepared data; its manifest comes last, and is the commit.
+
+    Raises:
+        StoreError: it cannot be written, or did not come as it was sent.
+    """
+    folder = Path(place) if place else prepared_root() / key
+    store.write_atomic(folder / name, content)
+    if name == store.MANIFEST:
+        intact.check(str(folder), prepared_root())
 
 
 def _on_nodes(
@@ -228,7 +264,19 @@ def _on_nodes(
 def _has(model_dir: str, ref: prepared.PreparedRef, tokenized_path: str | None) -> bool:
     """Whether this node has the model and, in its own store, the prepared data."""
     place = tokenized_path or store.join(str(prepared_root()), ref.key)
-    return os.path.isdir(model_dir) and store.is_committed(place)
+    return os.path.isdir(model_dir) and store.is_committed(place) and _sees_intact(place)
+
+
+def _sees_intact(place: str) -> bool:
+    """Whether prepared data is seen from this node, where its bytes are then looked at once.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    if not os.path.isdir(place):
+        return False
+    intact.check(place, prepared_root())
+    return True
 
 
 def _with(environ: Environment) -> dict[str, Any]:

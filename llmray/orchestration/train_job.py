@@ -82,20 +82,28 @@ def train(arguments: RunArguments, *, core: Callable[..., Any] | None = None) ->
         ray.shutdown()
 
 
-def prepare(arguments: RunArguments) -> PreparedRef:
+def prepare(arguments: RunArguments) -> PreparedRef | int:
     """Prepare the run's data on the cluster as `train` does, and nothing else.
+
+    Returns: the data, or the exit code of the signal that stopped it.
 
     Raises:
         LlmrayError: with one message for the user.
     """
     joined = cluster.connect(arguments.cluster)
     try:
-        log.info("%s", joined)
-        nodes = list(cluster.inventory().nodes)
-        here = ray.get_runtime_context().get_node_id()
-        ref = prepare_job.prepare(arguments, nodes, here, _tasks_environment(joined.is_ours))
+        with DriverSignals() as signals:
+            log.info("%s", joined)
+            nodes = list(cluster.inventory().nodes)
+            here = ray.get_runtime_context().get_node_id()
+            tasks_see = _tasks_environment(joined.is_ours)
+            with signals.interrupting():
+                ref = prepare_job.prepare(arguments, nodes, here, tasks_see)
         assert isinstance(ref, PreparedRef), "streams are not prepared"
         return ref
+    except Stopped as stop:
+        log.info("stopped by %s; finished shards are kept", stop.reason)
+        return EXIT_CODES[stop.reason]
     finally:
         ray.shutdown()
 

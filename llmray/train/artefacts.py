@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmray import store
+from llmray.data.prepared import BAD_ROWS
 from llmray.train.observers import LOG_NAME
 from llmray.train.trackers import IDENTITY_NAME
 
@@ -29,7 +30,7 @@ class Artefacts:
             self._temporary = tempfile.TemporaryDirectory(prefix="llmray-")
             self.directory = Path(self._temporary.name)
             if is_main:
-                names = [LOG_NAME, IDENTITY_NAME, "all_results.json"]
+                names = [LOG_NAME, IDENTITY_NAME, "all_results.json", BAD_ROWS]
                 store.fetch(run_dir, names, self.directory)
         else:
             self.directory = Path(run_dir)

@@ -184,11 +184,6 @@ COMBINED = {
     ("use_asft_loss", "finetuning_type"): {"use_asft_loss": True},
     ("reward_model_type", "finetuning_type"): {"stage": "ppo", "finetuning_type": "full"},
     ("streaming", "stage"): {"streaming": True, "stage": "kto"},
-    ("streaming", "max_samples"): {"streaming": True, "max_samples": 8},
-    ("streaming", "mix_strategy"): {"streaming": True, "mix_strategy": "interleave_over"},
-    ("streaming", "bad_rows"): {"streaming": True, "bad_rows": "quarantine"},
-    ("streaming", "tokenized_path"): {"streaming": True, "tokenized_path": "t"},
-    ("streaming", "predict_with_generate"): {"streaming": True, "predict_with_generate": True},
     ("load_best_model_at_end", "stage"): {"load_best_model_at_end": True, "stage": "rm"},
 }
 

@@ -185,6 +185,7 @@ CASES = {
     "streams_are_not_planned": [
         ({"streaming": True, "packing": True}, {"stage": "pt"}, "packing=true: bins"),
         ({"streaming": True, "neat_packing": True}, {"neat_packing": False}, "neat_packing=true"),
+        ({"streaming": True, "tokenized_path": "t"}, {"streaming": False}, "keeps nothing"),
         (
             {"streaming": True, "train_sampling_strategy": "group_by_length"},
             {"train_sampling_strategy": "random"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import threading
@@ -18,8 +19,9 @@ import torch
 from pyarrow import parquet as pq
 
 from llmray.arguments.run import RunArguments, load
-from llmray.data import access, file_rows, prepared, streaming
+from llmray.data import access, file_rows, mixing, prepared, streaming
 from llmray.data.file_rows import Ranks
+from llmray.data.quarantine import Quarantine
 from llmray.data.shards import Sample
 from llmray.errors import CheckpointError, DataError
 from llmray.train import state_files
@@ -225,21 +227,37 @@ def resumed(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     return state_files.read_state(folder / "state", "batches")
 
 
-@pytest.mark.parametrize("at", [0, 1, 4, 8, 9, 13])
+READ = [
+    {},
+    {"dataset": "parquet"},
+    {"dataset": "csv"},
+    {"stage": "pt", "dataset": "texts", "cutoff_len": 32},
+]
+IN_TURNS = [
+    {"max_samples": 21},
+    {"mix_strategy": "interleave_once"},
+    {"mix_strategy": "interleave_over", "interleave_probs": "0.7,0.3"},
+]
+
+
 @pytest.mark.parametrize(
-    "keys",
+    ("at", "keys", "world_size"),
     [
-        {},
-        {"dataset": "parquet"},
-        {"dataset": "csv"},
-        {"stage": "pt", "dataset": "texts", "cutoff_len": 32},
+        *itertools.product([0, 1, 4, 8, 9, 13], READ, [1, 2]),
+        *itertools.product([4, 13], IN_TURNS, [2]),
     ],
 )
-@pytest.mark.parametrize("world_size", [1, 2])
 def test_a_resumed_stream_goes_on_as_if_nothing_had_been(
-    at: int, keys: dict, world_size: int, folder: Path, tiny_llama_dir: Path, tmp_path: Path
+    at: int,
+    keys: dict,
+    world_size: int,
+    folder: Path,
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also by another number of ranks: the state is the same on all of them."""
+    monkeypatch.setattr(mixing, "DRAWS", 8)
     whole = steps(arguments(folder, **keys), tiny_llama_dir, 1, 20)
     before = access.open_stream(
         arguments(folder, **keys), tiny_llama_dir, root=tmp_path, ranks=Ranks()
@@ -409,3 +427,126 @@ def test_a_key_follows_from_names_and_sizes(folder: Path, tiny_llama_dir: Path) 
     assert key(dataset="list") != same
     os.truncate(folder / "many" / "b.jsonl", 10)
     assert key() != same
+
+
+MIXED = [
+    {"mix_strategy": "interleave_under"},
+    {"mix_strategy": "interleave_over"},
+    {"mix_strategy": "interleave_once"},
+    {"mix_strategy": "interleave_under", "interleave_probs": "0.2,0.5,0.3"},
+    {"mix_strategy": "interleave_over", "interleave_probs": "0.6,0,0.4"},
+    {"mix_strategy": "interleave_once", "interleave_probs": "0.6,0.1,0.3"},
+    {"mix_strategy": "interleave_once", "max_samples": 21},
+    {"max_samples": 21},
+]
+
+
+@pytest.mark.parametrize("keys", MIXED)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_sets_are_mixed_as_those_of_prepared_data(
+    world_size: int,
+    keys: dict,
+    folder: Path,
+    tiny_llama_dir: Path,
+    all_rows: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the order of the files, with a row that cannot be read; over two epochs."""
+    monkeypatch.setattr(mixing, "DRAWS", 8)
+    with open(folder / "many" / "b.jsonl", "a") as file:
+        file.write('{"instruction": "no output"}\n')
+    given = {"dataset": "many,list,parquet", "disable_shuffling": True, "bad_rows": "skip", **keys}
+    expected = all_rows(folder, **given)
+    count = -(-len(expected) // 6)
+    each = arguments(folder, per_device_train_batch_size=6 // world_size, **given)
+    made = [rows_of(step) for step in steps(each, tiny_llama_dir, world_size, 2 * count)]
+    epoch = [sorted(expected[start : start + 6]) for start in range(0, len(expected), 6)]
+    assert made == epoch * 2
+
+
+def test_a_set_without_rows_cannot_be_interleaved(folder: Path, tiny_llama_dir: Path) -> None:
+    (folder / "list.json").write_text("[]")
+    given = arguments(folder, mix_strategy="interleave_over")
+    stream = access.open_stream(given, tiny_llama_dir, root=folder / "x", ranks=Ranks()).train
+    with pytest.raises(DataError, match=r"list has no rows\. Required: at least one to interleave"):
+        stream.step()
+
+
+def test_a_row_that_comes_again_is_not_both_trained_and_evaluated(
+    folder: Path, tiny_llama_dir: Path
+) -> None:
+    """Of the 22 rows of one set, which come again until the 31 of the other one are used up."""
+    given = arguments(folder, mix_strategy="interleave_over", val_size=9, buffer_size=1000)
+    opened = access.open_stream(given, tiny_llama_dir, root=folder / "x", ranks=Ranks())
+    table = opened.eval["eval"]
+    held = {text(table[i]) for i in range(len(table))}
+    assert len(held) == 9
+    trained = [text(row) for _ in range(8) for part in opened.train.step() for row in part]
+    assert len(trained) > len(set(trained))
+    assert not held & set(trained)
+
+
+@pytest.mark.parametrize("keys", [{"eval_dataset": "many"}, {"val_size": 5}])
+def test_rows_are_prompts_where_responses_to_them_are_judged(
+    keys: dict, folder: Path, tiny_llama_dir: Path
+) -> None:
+    """The response follows the prompt, and nothing else is learned."""
+    plain, judged = (
+        access.open_stream(
+            arguments(folder, dataset="list", predict_with_generate=judges, **keys),
+            tiny_llama_dir,
+            root=folder / "x",
+            ranks=Ranks(),
+        ).eval["eval"]
+        for judges in (False, True)
+    )
+    assert len(judged) == len(plain) > 0
+    for number in range(len(plain)):
+        row, whole = judged[number], plain[number]
+        assert row.target_mask.tolist() == sorted(row.target_mask.tolist())
+        assert text(row)[: len(text(whole)) - 2] == text(whole)[:-2]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_rows_that_cannot_be_read_are_put_aside_once(
+    world_size: int, folder: Path, tiny_llama_dir: Path
+) -> None:
+    """Over two epochs, by rank 0 alone; the same as those of prepared data."""
+    with open(folder / "many" / "a.jsonl", "a") as file:
+        file.write('{"instruction": "no output"}\n{\n')
+    keys = {"bad_rows": "quarantine", "per_device_train_batch_size": 6 // world_size}
+    given = arguments(folder, **keys)
+
+    def work(ranks: Ranks) -> None:
+        stream = access.open_stream(given, tiny_llama_dir, root=folder / "x", ranks=ranks).train
+        stream.step()
+        assert stream.quarantine is not None
+        path = folder / "bad.jsonl"
+        stream.quarantine.open(path if ranks.rank == 0 else None, keeps=False)
+        for _ in range(17):
+            stream.step()
+
+    together(world_size, work)
+    whole = arguments(folder, streaming=False, **keys)
+    ref = prepared.ensure(whole, tiny_llama_dir, root=folder / "prepared")
+    assert (folder / "bad.jsonl").read_text() == prepared.bad_rows(ref)
+    assert prepared.bad_rows(ref).count("\n") == 2
+
+
+def test_rows_put_aside_before_a_kill_are_kept(tmp_path: Path) -> None:
+    rows = [{"file": "a.json", "row": i, "reason": "wrong", "content": i} for i in range(5)]
+    path = tmp_path / "bad.jsonl"
+    first = Quarantine()
+    first.add(rows[:1])
+    first.open(path, keeps=True)
+    first.add(rows[:3])
+    whole = path.read_text()
+    path.write_text(whole + '{"file": "a.json", "ro')  # its writer was killed
+    second = Quarantine()
+    second.open(path, keeps=True)
+    second.add(rows)
+    assert [json.loads(line)["row"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
+    assert path.read_text().startswith(whole)
+    anew = Quarantine()
+    anew.open(path, keeps=False)
+    assert path.read_text() == ""

@@ -118,3 +118,38 @@ def test_other_files_are_another_run(keys, tmp_path) -> None:
     (tmp_path / "rows.json").write_text(json.dumps(rows[:-1]))
     with pytest.raises(CheckpointError, match=r"another run: data"):
         local.train(load(keys, environ={}))
+
+
+def test_bad_rows_of_a_stream_are_in_the_run_directory_once(keys, tmp_path) -> None:
+    """Over a resume in the second epoch, and two epochs and a half."""
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    (tmp_path / "rows.json").write_text(json.dumps([*rows[:20], {"output": "x"}, *rows[20:]]))
+    common = {**keys, "bad_rows": "quarantine"}
+    common |= {"mix_strategy": "interleave_over", "max_samples": 40}
+    assert local.train(load({**common, "max_steps": 13}, environ={})) == 0
+    [first] = (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()
+    assert json.loads(first)["row"] == 21
+    assert local.train(load({**common, "max_steps": 27}, environ={})) == 0
+    assert (tmp_path / "out" / "bad_rows.jsonl").read_text() == first + "\n"
+
+
+def test_responses_to_rows_of_a_stream_are_judged(keys, tmp_path) -> None:
+    """The file of predictions is that of a run on prepared data, of the same model."""
+    common = {
+        **keys,
+        "max_steps": 2,
+        "learning_rate": 0,
+        "save_strategy": "no",
+        "eval_dataset": "rows",
+        "max_samples": 5,
+        "do_predict": True,
+        "predict_with_generate": True,
+        "max_new_tokens": 4,
+    }
+    texts = []
+    for name, streams in (("out", True), ("prepared", False)):
+        given = {**common, "streaming": streams, "output_dir": str(tmp_path / name)}
+        assert local.train(load(given, environ={})) == 0
+        texts.append((tmp_path / name / "generated_predictions.jsonl").read_text())
+    assert texts[0] == texts[1]
+    assert texts[0].count("\n") == 5
