@@ -87,6 +87,7 @@ def ready(
     model_dir: Path | str,
     *,
     root: Path,
+    run_token: str | None = None,
     build_shards: BuildShards | None = None,
 ) -> PreparedRef | StreamRef:
     """The data of a run, prepared if that is not done; of a stream, what is known beforehand.
@@ -95,14 +96,16 @@ def ready(
         arguments: of the run.
         model_dir: the folder of the tokenizer.
         root: where prepared data lies, and sets from a hub.
-        build_shards: as in `prepared.ensure`.
+        run_token, build_shards: as in `prepared.ensure`.
 
     Raises:
         DataError: a set, a file, a column or a row is missing or wrong.
         StoreError: the data cannot be written.
     """
     if not arguments.data.streaming:
-        return prepared.ensure(arguments, model_dir, root=root, build_shards=build_shards)
+        return prepared.ensure(
+            arguments, model_dir, root=root, run_token=run_token, build_shards=build_shards
+        )
     train, evaluation = _sets(arguments, Path(root))
     for dataset in [*train, *evaluation]:
         sources.check_columns(dataset)

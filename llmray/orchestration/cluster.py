@@ -24,7 +24,7 @@ from ray.exceptions import AuthenticationError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import llmray
-from llmray import store
+from llmray import store, temporary
 from llmray.arguments import environment
 from llmray.arguments.cluster import ClusterArguments
 from llmray.errors import ClusterError, LlmrayError
@@ -216,7 +216,7 @@ def check_visible(nodes: Sequence[Node], directory: str, key: str) -> None:
     """
     if store.is_uri(directory) or not nodes:
         return
-    probe = store.join(directory, ".tmp-probe")
+    probe = store.join(directory, temporary.new_name("probe"))  # another run may look, too
     content = os.urandom(16).hex()
     store.write_atomic(probe, content)
     try:

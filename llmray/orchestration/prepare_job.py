@@ -9,6 +9,7 @@ shards of the one build are made by tasks on all nodes.
 from __future__ import annotations
 
 import os
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,36 +64,39 @@ def prepare(
         LlmrayError: the model or the data cannot be had.
         ClusterError: nodes came to different data.
     """
+    token = uuid.uuid4().hex  # with overwrite_cache each store is built anew once for it
     others = [node for node in nodes if node.node_id != driver_node]
     shares = arguments.data.data_shared_file_system and not arguments.data.streaming
     if shares and others:
         return _prepare_together(arguments, nodes, others, environ)
     if len(others) < len(nodes):
         start = [node for node in nodes if node.node_id == driver_node]
-        first = ready_here(arguments, {})
+        first = ready_here(arguments, {}, run_token=token)
     else:
         start, others = others[:1], others[1:]
-        [first] = _on_nodes(arguments, start, environ)
+        [first] = _on_nodes(arguments, start, environ, token)
     place = start[0].address
     if not others:
         return first[1]
     if isinstance(first[1], StreamRef):
-        found = _on_nodes(arguments, others, environ)
+        found = _on_nodes(arguments, others, environ, token)
         _compare(first[1], place, [ref for _, ref in found], others)
         return first[1]
     # where the cache is shared they have it now, and the rest need not even look for it
+    place_given = arguments.data.tokenized_path
+    anew = token if arguments.data.overwrite_cache else None
     seen = cluster.on_nodes(
-        others, _has, str(first[0]), first[1], arguments.data.tokenized_path, **_with(environ)
+        others, _has, str(first[0]), first[1], place_given, anew, **_with(environ)
     )
     rest = [node for node in others if not seen[node.node_id]]
     is_here = start[0].node_id == driver_node
     blind = _blind(arguments, rest, environ) if is_here else []
     rest = [node for node in rest if node not in blind]
-    found = _on_nodes(arguments, rest, environ)
+    found = _on_nodes(arguments, rest, environ, token)
     _compare(first[1], place, [ref for _, ref in found], rest)
     _say_rows([first[1], *(ref for _, ref in found)], [*start, *rest])
     for node in blind:
-        _send(first[1], node, environ, arguments.data.tokenized_path)
+        _send(first[1], node, environ, place_given)
     return first[1]
 
 
@@ -104,7 +108,7 @@ def _prepare_together(
     shared = store.parent(place) if place else str(prepared_root())
     Path(shared).mkdir(parents=True, exist_ok=True)
     cluster.check_visible(others, shared, "tokenized_path" if place else "LLMRAY_CACHE")
-    _, ref = ready_here(arguments, {}, _Spread(nodes, environ))
+    _, ref = ready_here(arguments, {}, build_shards=_Spread(nodes, environ))
     assert isinstance(ref, prepared.PreparedRef), "streams are not built"
     seen = cluster.on_nodes(others, _sees_intact, ref.path, timeout_s=None, **_with(environ))
     if not all(seen.values()):
@@ -248,23 +252,33 @@ def _receive(place: str | None, key: str, name: str, content: bytes) -> None:
 
 
 def _on_nodes(
-    arguments: RunArguments, nodes: Sequence[Node], environ: Environment
+    arguments: RunArguments, nodes: Sequence[Node], environ: Environment, token: str
 ) -> list[tuple[Path, Ref]]:
     found = cluster.on_nodes(
         nodes,
         ready_here,
         arguments,
         dict(environ.secrets),
+        token,
         env_vars=environ.open_vars,
         timeout_s=None,
     )
     return list(found.values())
 
 
-def _has(model_dir: str, ref: prepared.PreparedRef, tokenized_path: str | None) -> bool:
-    """Whether this node has the model and, in its own store, the prepared data."""
+def _has(
+    model_dir: str, ref: prepared.PreparedRef, tokenized_path: str | None, anew: str | None
+) -> bool:
+    """Whether this node has the model and, in its own store, the prepared data; that of run `anew`.
+
+    Raises:
+        StoreError: the data is damaged.
+    """
     place = tokenized_path or store.join(str(prepared_root()), ref.key)
-    return os.path.isdir(model_dir) and store.is_committed(place) and _sees_intact(place)
+    if not os.path.isdir(model_dir) or not store.is_committed(place):
+        return False
+    token = store.read_manifest(place).metadata.get("run_token")
+    return (anew is None or token == anew) and _sees_intact(place)
 
 
 def _sees_intact(place: str) -> bool:
@@ -287,13 +301,18 @@ def _with(environ: Environment) -> dict[str, Any]:
 def ready_here(
     arguments: RunArguments,
     secrets: Mapping[str, str],
+    run_token: str | None = None,
+    *,
     build_shards: prepared.BuildShards | None = None,
 ) -> tuple[Path, Ref]:
     """Resolve model and adapters, and build the prepared data set on this machine."""
     os.environ.update(secrets)
     model_dir = hub.resolve_all(arguments.model)
     root = prepared_root()
-    return model_dir, access.ready(arguments, model_dir, root=root, build_shards=build_shards)
+    ref = access.ready(
+        arguments, model_dir, root=root, run_token=run_token, build_shards=build_shards
+    )
+    return model_dir, ref
 
 
 def prepared_root() -> Path:

@@ -1,5 +1,6 @@
 """Rows that cannot be learned from: each is refused with its place, left out, or put aside."""
 
+import errno
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from llmray import store
 from llmray.arguments.run import RunArguments, load
-from llmray.data import planning, prepared
-from llmray.errors import DataError
+from llmray.data import planning, prepared, shards
+from llmray.errors import DataError, StoreError
 
 GOOD = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
 TURNS = GOOD["conversations"]
@@ -174,3 +176,42 @@ def test_nothing_but_bad_rows_is_an_error(tmp_path: Path, tiny_llama_dir: Path) 
         DataError, match=r"No row is left to train on: of 4 rows.* 4 cannot be read"
     ):
         prepared.ensure(given, tiny_llama_dir, root=tmp_path / "prepared")
+
+
+def test_a_disk_that_fills_up_leaves_nothing_committed(
+    tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the third shard is written; with room again, only what is missing is built."""
+    write(tmp_path, [GOOD] * 30)
+    monkeypatch.setattr(planning, "LEAST_SHARD_BYTES", 700)
+    root, written = tmp_path / "prepared", []
+    put = shards.write
+
+    def fills_up(path: Path, *given: Any) -> None:
+        written.append(path.name)
+        if len(written) == 3:
+            with store.replacing(path) as unfinished, unfinished.open("wb") as file:
+                file.write(b"half of it")
+                raise OSError(errno.ENOSPC, "No space left on device")
+        put(path, *given)
+
+    monkeypatch.setattr(shards, "write", fills_up)
+    with pytest.raises(StoreError, match=r"could not be written.*The disk is full: free space"):
+        prepared.ensure(arguments(tmp_path), tiny_llama_dir, root=root)
+    assert store.list_committed(root) == []
+    [staging] = root.glob("*.building")
+    assert sorted(path.name for path in staging.glob("*.arrow")) == written[:2]
+    ref = prepared.ensure(arguments(tmp_path), tiny_llama_dir, root=root)
+    assert ref.num_train == 36
+    assert 0 < ref.num_built < 36
+    assert written.count(written[0]) == 1
+
+
+def test_media_of_a_row_are_not_left_out_silently(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    """Neither where their file is there nor where it is not."""
+    write(tmp_path, [])
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**GOOD, "images": ["missing.png"]}))
+    info = {"file_name": "rows.jsonl", "formatting": "sharegpt", "columns": {"images": "images"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"rows": info}))
+    with pytest.raises(DataError, match=r"row 1 \(line 1\): 'images' names images: training on"):
+        prepared.ensure(arguments(tmp_path), tiny_llama_dir, root=tmp_path / "prepared")

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -77,59 +78,68 @@ def finished_shards(cache):
     return {path.name: path.stat().st_mtime_ns for path in notes}
 
 
-def wait_for_shards(cache, count, run):
-    """Until so many shards are finished."""
-    deadline = time.monotonic() + 120
-    while len(finished_shards(cache)) < count:
-        assert run.process.poll() is None, run.text
-        assert time.monotonic() < deadline, run.text
-        time.sleep(0.01)
-
-
-def builders():
-    """Processes that build a shard."""
+def builders(session_dir):
+    """Processes of a cluster that build a shard."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if "ray::_build_shard" in " ".join(process.info["cmdline"] or []):
+    for process in psutil.process_iter(["cmdline", "ppid"]):
+        if "ray::_build_shard" not in " ".join(process.info["cmdline"] or []):
+            continue
+        try:
+            words = psutil.Process(process.info["ppid"]).cmdline()
+        except psutil.NoSuchProcess:
+            continue
+        if os.path.basename(session_dir) in " ".join(words):
             found.append(process)
     return found
 
 
-def test_builders_that_are_killed_repeat_the_shards_in_flight_alone(launch, ray_address, tmp_path):
+def wait_for(condition, run):
+    """What a condition gives as soon as that is something."""
+    deadline = time.monotonic() + 120
+    while not (found := condition()):
+        assert time.monotonic() < deadline, run.text
+        time.sleep(0.01)
+    return found
+
+
+def test_builders_that_are_killed_repeat_the_shards_in_flight_alone(launch, ray_cluster, tmp_path):
     """A task is killed, then its driver; the next build is stopped by a signal, the last one ends.
 
     No finished shard is built again.
     """
-    rows = [{"instruction": f"Say {i}.", "output": "w x y z " * 4000} for i in range(400)]
+    rows = [{"instruction": f"Say {i}.", "output": "w x y z " * 4000} for i in range(240)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     (tmp_path / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
     cache = tmp_path / "cache"
     keys = {
-        "address": ray_address,
+        "address": ray_cluster[0],
         "command": "prepare",
         "before": "from llmray.data import planning; planning.LEAST_SHARD_BYTES = 300_000",
         "environ": {"LLMRAY_CACHE": str(cache)},
         "dataset_dir": str(tmp_path),
         "data_shared_file_system": True,
     }
+    at_work = partial(builders, ray_cluster[1])
+
+    def more_shards(count):
+        return len(finished_shards(cache)) >= count
+
     first = launch("killed", **keys)
-    wait_for_shards(cache, 2, first)
-    builder = builders()[0]
+    wait_for(lambda: more_shards(2), first)
+    builder = wait_for(at_work, first)[0]
     builder.kill()
-    builder.wait(30)
-    wait_for_shards(cache, len(finished_shards(cache)) + 5, first)  # Ray repeats the task
+    count = len(finished_shards(cache))
+    wait_for(lambda: more_shards(count + 4), first)  # Ray repeats the task
     os.killpg(first.process.pid, signal.SIGKILL)
     first.finish()
-    while builders():
-        time.sleep(0.05)
+    wait_for(lambda: not at_work(), first)
     killed = finished_shards(cache)
     second = launch("stopped", **keys)
-    wait_for_shards(cache, len(killed) + 2, second)
+    wait_for(lambda: more_shards(len(killed) + 2), second)
     second.process.send_signal(signal.SIGTERM)
     assert second.finish() == 143, second.text
     assert "stopped by SIGTERM; finished shards are kept" in second.text
-    while builders():
-        time.sleep(0.05)
+    wait_for(lambda: not at_work(), second)
     stopped = finished_shards(cache)
     assert killed.items() < stopped.items()
     last = launch("whole", **keys)
@@ -157,60 +167,48 @@ def test_a_node_with_a_store_of_its_own_gets_the_data_once(
         dataset_dir = Path("/proc/self/cwd")
     words = ["1", f"127.0.0.2={tmp_path / 'second'}"]
     with start_cluster(words, cwd=tmp_path, RAY_AUTH_MODE="token") as (address, *_):
-        before = "pass" if sees_files else f"import os; os.chdir({str(tmp_path / 'driver')!r})"
+        keys = {
+            "address": address,
+            "before": "pass"
+            if sees_files
+            else f"import os; os.chdir({str(tmp_path / 'driver')!r})",
+            "environ": {"LLMRAY_CACHE": str(tmp_path / "first")},
+            "dataset_dir": str(dataset_dir),
+        }
         run = launch(
             "two-stores",
-            address=address,
-            before=before,
-            environ={"LLMRAY_CACHE": str(tmp_path / "first")},
-            dataset_dir=str(dataset_dir),
             placement_strategy="STRICT_SPREAD",
             max_steps=2,
             save_strategy="no",
+            **keys,
         )
         assert run.finish() == 0, run.text
-        anew = launch(
-            "two-stores-anew",
-            address=address,
-            before=before,
-            command="prepare",
-            environ={"LLMRAY_CACHE": str(tmp_path / "first")},
-            dataset_dir=str(dataset_dir),
-            overwrite_cache=True,
-        )
-        assert anew.finish() == 0, anew.text
-    for each in (run, anew):
-        built = re.search("prepared on each node that needs it: (.*)", each.text).group(1)
-        rows = [part.split(" rows on ")[0] for part in built.split(", ")]
-        assert rows == ["64", "64"] if sees_files else ["64"]
+        first, second = prepared_in(tmp_path / "first"), prepared_in(tmp_path / "second")
+        if sees_files:
+            anew = launch("anew", command="prepare", overwrite_cache=True, **keys)
+            assert anew.finish() == 0, anew.text
+            assert rows_by_node(anew) == [64, 64]
+        else:
+            # now the other node sees the same path lead to another file
+            rows = json.loads((tmp_path / "driver" / "rows.json").read_text())[1:]
+            (tmp_path / "rows.json").write_text(json.dumps(rows))
+            info = (tmp_path / "driver" / "dataset_info.json").read_text()
+            (tmp_path / "dataset_info.json").write_text(info)
+            differs = launch("differs", command="prepare", cutoff_len=100, **keys)
+            assert differs.finish() == 1, differs.text
+            assert "The data set does not come out the same on all nodes" in differs.text
+            said = r"rows\.json on \S+ is not that on 127\.0\.0\.2"
+            assert re.search(said, differs.text), differs.text
+    assert rows_by_node(run) == ([64, 64] if sees_files else [64])
     was_sent = "127.0.0.2 does not see the data files" in run.text
     assert was_sent is not sees_files
-    first, second = prepared_in(tmp_path / "first"), prepared_in(tmp_path / "second")
     assert first == second
     assert len(first) == 1
     log = [json.loads(x) for x in (run.output_dir / "trainer_log.jsonl").read_text().splitlines()]
     assert len(log) == 2
 
 
-def test_nodes_whose_files_differ_are_told_with_the_file(launch, ray_home, run_keys, tmp_path):
-    """The same path leads to another file on each node."""
-    names = ("driver", "second")
-    for number, name in enumerate(names):
-        (tmp_path / name).mkdir()
-        rows = json.loads(Path(run_keys["dataset_dir"], "rows.json").read_text())[number:]
-        (tmp_path / name / "rows.json").write_text(json.dumps(rows))
-        info = {"rows": {"file_name": "rows.json"}}
-        (tmp_path / name / "dataset_info.json").write_text(json.dumps(info))
-    words = ["1", f"127.0.0.2={tmp_path / 'cache'}"]
-    with start_cluster(words, cwd=tmp_path / "second", RAY_AUTH_MODE="token") as (address, *_):
-        run = launch(
-            "differs",
-            address=address,
-            command="prepare",
-            before=f"import os; os.chdir({str(tmp_path / 'driver')!r})",
-            environ={"LLMRAY_CACHE": str(tmp_path / "first")},
-            dataset_dir="/proc/self/cwd",
-        )
-        assert run.finish() == 1, run.text
-    assert "The data set does not come out the same on all nodes" in run.text
-    assert re.search(r"rows\.json on \S+ is not that on 127\.0\.0\.2", run.text)
+def rows_by_node(run):
+    """How many rows each node with a store of its own tokenized."""
+    said = re.search("prepared on each node that needs it: (.*)", run.text).group(1)
+    return [int(part.split(" rows on ")[0]) for part in said.split(", ")]

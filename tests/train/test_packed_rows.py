@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import build_model
+from tiny import build_model, make_model, make_tokenizer
 
 from llmray import local
 from llmray.arguments.optimizer import OptimizerArguments
@@ -204,3 +204,23 @@ def test_what_packing_came_to_is_said(
     assert "bins of 256 tokens" in line
     results = json.loads((tmp_path / "out" / "train_results.json").read_text())
     assert results["train_tokens"] > 200  # of several rows, in two bins
+
+
+def test_rows_of_bins_are_apart_where_the_model_takes_no_flat_rows(
+    keys: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said once; as many tokens are learned as without packing."""
+    make_tokenizer(tmp_path / "model")
+    model = make_model(tmp_path / "model", "lfm2")
+    common = {**keys, "model_name_or_path": str(model), "lora_target": "all", "learning_rate": 0}
+    common |= {"save_strategy": "no", "num_train_epochs": 1, "disable_shuffling": True}
+    with caplog.at_level(logging.INFO, "llmray"):
+        train(common, tmp_path / "packed", per_device_train_batch_size=1)
+    said = [record for record in caplog.messages if "the rows of a bin are padded" in record]
+    assert len(said) == 1
+    train(common, tmp_path / "plain", packing=False, per_device_train_batch_size=4)
+    packed, plain = (
+        json.loads((tmp_path / name / "train_results.json").read_text())
+        for name in ("packed", "plain")
+    )
+    assert packed["train_tokens"] == plain["train_tokens"]
