@@ -40,7 +40,10 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Place:
-    """A place in the files: `taken` rows of the piece that begins at `start` of file `file`."""
+    """A place in the files: `taken` rows of the piece that begins at `start` of file `file`.
+
+    A row of the file that became several counts as these.
+    """
 
     file: int = 0
     start: int = 0
@@ -64,12 +67,14 @@ class FileSet:
 class StreamRow:
     """A row of the files; `sample` is None where it is left out.
 
-    `number` has its file and its row there, `place` is where the next one is.
+    `number` has its file and its row there, `place` is where the next one is. `goes_on` says that
+    the next one is of the same row, which became several.
     """
 
     number: tuple[int, int]
     place: Place
     sample: Sample | None
+    goes_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -210,14 +215,22 @@ def _listed(parts: Sequence[str]) -> str:
 def _rows(part: _Part, place: Place, first: int) -> Iterator[StreamRow]:
     """All rows of a part from number `first` on, what they hold in memory of its own."""
     table = SampleTable([part.rows]) if part.rows is not None else None
-    at = dict(zip(part.numbers, range(len(part.numbers)), strict=True))
-    for number in range(first, part.num_rows):
-        sample = None
-        if table is not None and number in at:
-            sample = table[at[number]]
-            sample = replace(sample, input_ids=np.array(sample.input_ids))
-        after = replace(place, taken=number + 1)
-        yield StreamRow((place.file, part.first_row + number), after, sample)
+    kept: dict[int, list[int | None]] = {}
+    for index, number in enumerate(part.numbers):
+        kept.setdefault(number, []).append(index)
+    taken = 0
+    for number in range(part.num_rows):
+        *more, last = kept.get(number, [None])
+        for index in [*more, last]:
+            taken += 1
+            if taken <= first:
+                continue
+            sample = None
+            if table is not None and index is not None:
+                sample = table[index]
+                sample = replace(sample, input_ids=np.array(sample.input_ids))
+            where = (place.file, part.first_row + number)
+            yield StreamRow(where, replace(place, taken=taken), sample, index != last)
 
 
 def _raise(parts: Sequence[_Part]) -> None:

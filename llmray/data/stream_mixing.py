@@ -83,6 +83,8 @@ class MixedRows:
         places = none if state is None else state["places"]
         self._places = [None if place is None else Place(**place) for place in places]
         self._num_draws = 0 if state is None else int(state["num_draws"])
+        # the set of the row that became several, of which some are still to come
+        self._open: int | None = None if state is None else state["open"]
         self._done = np.array(none if state is None else state["done"], bool)
         # of the block of draws at hand: which sets were used up before it
         self._were_done = np.array(none if state is None else state["were_done"], bool)
@@ -92,6 +94,7 @@ class MixedRows:
         return {
             "places": [None if place is None else asdict(place) for place in self._places],
             "num_draws": self._num_draws,
+            "open": self._open,
             "done": self._done.tolist(),
             "were_done": self._were_done.tolist(),
         }
@@ -112,6 +115,8 @@ class MixedRows:
         for each, place in zip(self._sets, self._places, strict=True):
             each.start(place)
             self._require_rows(each)
+        if self._open is not None:
+            yield from self._take(self._open)
         if self._mixed.probabilities:
             yield from self._drawn()
         else:
@@ -134,7 +139,7 @@ class MixedRows:
             self._num_draws += 1
             if strategy == "interleave_once" and self._sets[turn].is_used_up:
                 continue
-            yield self._take(turn)
+            yield from self._take(turn)
 
     def _ends_before_round(self, strategy: Strategy) -> bool:
         if strategy == "interleave_under":
@@ -155,7 +160,7 @@ class MixedRows:
                 self._num_draws += 1
                 if is_once and self._sets[number].is_used_up:
                     continue
-                yield self._take(number)
+                yield from self._take(number)
                 if self._is_over(waited_for):
                     return
 
@@ -170,12 +175,16 @@ class MixedRows:
         chosen = generator.choice(len(weights), mixing.DRAWS, p=weights / weights.sum())
         return [int(number) for number in chosen]
 
-    def _take(self, number: int) -> StreamRow:
-        """The next row of a set, which begins again where it is used up."""
+    def _take(self, number: int) -> Iterator[StreamRow]:
+        """The next row of a set, all that it became; the set begins again where it is used up."""
         each = self._sets[number]
         if each.is_used_up:
             each.start(None)
-        row = each.take()
-        self._places[number] = each.place
-        self._done[number] |= each.is_used_up
-        return row
+        goes_on = True
+        while goes_on:
+            row = each.take()
+            goes_on = row.goes_on
+            self._places[number] = each.place
+            self._done[number] |= each.is_used_up
+            self._open = number if goes_on else None
+            yield row

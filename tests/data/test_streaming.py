@@ -18,6 +18,7 @@ import pytest
 import torch
 from pyarrow import parquet as pq
 
+from llmray.arguments import capabilities
 from llmray.arguments.run import RunArguments, load
 from llmray.data import access, file_rows, mixing, prepared, streaming
 from llmray.data.file_rows import Ranks
@@ -550,3 +551,46 @@ def test_rows_put_aside_before_a_kill_are_kept(tmp_path: Path) -> None:
     anew = Quarantine()
     anew.open(path, keeps=False)
     assert path.read_text() == ""
+
+
+def test_a_row_that_becomes_several_stays_together(
+    folder: Path,
+    tiny_llama_dir: Path,
+    all_rows: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ranked answers make pairs; interleaved, and resumed between the pairs of one row."""
+    monkeypatch.delitem(capabilities.NOT_BUILT, "stage", raising=False)
+    for name, count in (("one", 9), ("two", 4)):
+        rows = [
+            {"instruction": f"{name} {i}", "chosen": "good " * i, "rejected": ["bad", "x " * i]}
+            for i in range(1, count)
+        ]
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    columns = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+    info = {
+        name: {"file_name": f"{name}.json", "ranking": True, "columns": columns}
+        for name in ("one", "two")
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    keys = {"dataset": "one,two", "stage": "dpo", "mix_strategy": "interleave_over"}
+    keys |= {"disable_shuffling": True, "per_device_train_batch_size": 1}
+    expected = all_rows(folder, **keys)
+
+    def stream() -> streaming.Stream:
+        return access.open_stream(
+            arguments(folder, **keys), tiny_llama_dir, root=tmp_path, ranks=Ranks()
+        ).train
+
+    first, made = stream(), []
+    for _ in expected:
+        state = first.state_dict()
+        second = stream()
+        second.load_state_dict(state)
+        [[row]] = first.step()
+        [[again]] = second.step()
+        made.append(text(row))
+        assert text(again) == made[-1]
+    assert made == expected
+    assert len(made) > 16
