@@ -216,8 +216,8 @@ def _rows(part: _Part, place: Place, first: int) -> Iterator[StreamRow]:
     """All rows of a part from number `first` on, what they hold in memory of its own."""
     table = SampleTable([part.rows]) if part.rows is not None else None
     kept: dict[int, list[int | None]] = {}
-    for index, number in enumerate(part.numbers):
-        kept.setdefault(number, []).append(index)
+    for place_in_table, number in enumerate(part.numbers):
+        kept.setdefault(number, []).append(place_in_table)
     taken = 0
     for number in range(part.num_rows):
         *more, last = kept.get(number, [None])
