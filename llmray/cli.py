@@ -42,6 +42,10 @@ Answers stream. /clear forgets the conversation, /system TEXT begins one with th
 system message (default_system is the run's), /exit or Ctrl-D ends, Ctrl-C stops
 an answer. A pipe works too: each line is a message.
 adapter_name_or_path=DIR asks what a run has trained."""
+EXPORT_HELP = """
+
+A training file will do: export_dir=DIR adapter_name_or_path=OUTPUT_DIR. What is
+written is loaded again and compared before DIR gets its name."""
 RENDER_HELP = """
 
   --rows N  how many rows (3)
@@ -201,6 +205,16 @@ def chat(words: list[str]) -> int:
     return terminal.chat(arguments)
 
 
+def export(words: list[str]) -> int:
+    """Write the run's model with its adapters merged, as others read it."""
+    _speak()
+    arguments = _with_absolute_paths(_load(words))
+    from llmray import export as exporting
+
+    print(exporting.export(arguments))
+    return 0
+
+
 def plot(words: list[str]) -> int:
     """Draw one logged key of several runs in one picture."""
     parser = argparse.ArgumentParser(prog="llmray plot", description=plot.__doc__)
@@ -306,6 +320,12 @@ COMMANDS: dict[str, Command] = {
         "chat [RUN.yaml] [key=value | --key value ...]",
         "talk in the terminal to a base model or an adapter",
         RUN_FILE_HELP + CHAT_HELP,
+    ),
+    "export": Command(
+        export,
+        "export [RUN.yaml] [key=value | --key value ...]",
+        "merge adapters into their model and write it as others read it",
+        RUN_FILE_HELP + EXPORT_HELP,
     ),
     "plot": Command(
         plot,

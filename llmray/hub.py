@@ -129,7 +129,8 @@ def _of_hub(name: str, model_args: ModelArguments, kind: Kind, weights: bool) ->
     words = (name, KEYS[kind], model_args, revision)
     unused = UNUSED if weights else (*UNUSED, "*.safetensors")
     path = downloads.fetch(*words, unused)
-    if weights and kind == "model" and not any(path.glob("*.safetensors")):
+    is_pickled = weights and kind == "model" and not any(path.glob("*.safetensors"))
+    if is_pickled and model_args.allow_pickled_weights:
         path = downloads.fetch(*words, UNUSED[1:])
     return _of_folder(path / _inside(model_args, kind), kind)
 

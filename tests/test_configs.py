@@ -60,7 +60,7 @@ def real_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return gguf.parent, tmp_path_factory.mktemp("cache")
 
 
-def run_shortly(path: Path, model: Path, cache: Path, folder: Path) -> Path:
+def run_shortly(path: Path, model: Path, cache: Path, folder: Path, **more: object) -> Path:
     """The output of a config: two updates or few rows, all short; the rest as the file says."""
     arguments = load(path, environ={})
     words: dict[str, object] = {
@@ -70,14 +70,18 @@ def run_shortly(path: Path, model: Path, cache: Path, folder: Path) -> Path:
         "cutoff_len": 64,
         "max_samples": 40,
     }
+    command = "train"
     if arguments.training.do_train:
         words |= {"max_steps": 2, "per_device_train_batch_size": 1, "save_strategy": "no"}
         words |= {"gradient_accumulation_steps": 1}
+    elif arguments.export.export_dir is not None:
+        command = "export"
+        words["export_dir"] = folder / "out"
     else:
         words |= {"max_samples": 4}
     if arguments.training.predict_with_generate:
         words |= {"max_new_tokens": 8}
-    if arguments.model.adapter_name_or_path:
+    if arguments.model.adapter_name_or_path and "adapter_name_or_path" not in more:
         trained = run_shortly(ROOT / "configs" / "sft_lora.yaml", model, cache, folder / "before")
         words["adapter_name_or_path"] = trained
     if arguments.ray_enabled:
@@ -87,8 +91,8 @@ def run_shortly(path: Path, model: Path, cache: Path, folder: Path) -> Path:
     environ["PYTHONPATH"] = str(ROOT)
     environ.pop("RAY_ADDRESS", None)
     done = subprocess.run(
-        [sys.executable, "-m", "llmray", "train", str(path)]
-        + [f"{key}={value}" for key, value in words.items()],
+        [sys.executable, "-m", "llmray", command, str(path)]
+        + [f"{key}={value}" for key, value in (words | more).items() if value is not ...],
         cwd=folder,
         env=environ,
         capture_output=True,
@@ -108,8 +112,11 @@ def run_shortly(path: Path, model: Path, cache: Path, folder: Path) -> Path:
 def test_config_runs_on_the_real_model(
     path: Path, real_model: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    options = load(path, environ={}).training
+    arguments = load(path, environ={})
+    options = arguments.training
     output = run_shortly(path, *real_model, tmp_path)
+    if arguments.export.export_dir is not None:
+        assert {"model.safetensors", "Modelfile", "README.md"} <= {p.name for p in output.iterdir()}
     if options.do_train:
         results = json.loads((output / "train_results.json").read_text())
         assert 0 < results["train_loss"] < 12
@@ -134,3 +141,54 @@ def test_demonstration_data_is_what_its_script_writes() -> None:
     assert written == namespace["persona_rows"]()
     assert all(row["output"].endswith("\n— Raylo") for row in written)
     assert json.loads((ROOT / "data" / "dataset_info.json").read_text()) == namespace["INFO"]
+
+
+# one for each way to tune; of the files alone that are there
+TUNED = [path for path in CONFIGS if path.stem.startswith("sft_") and "ray" not in path.stem]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("path", TUNED, ids=lambda path: path.stem)
+def test_ten_steps_exported_give_the_logits_of_what_was_trained(
+    path: Path, real_model: tuple[Path, Path], tmp_path: Path
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from llmray import hub
+    from llmray.arguments.model import ModelArguments
+
+    model, cache = real_model
+    finetuning = load(path, environ={}).finetuning
+    is_adapter = finetuning.finetuning_type == "lora"
+    keys = {"max_steps": 10, "learning_rate": 1e-3 if is_adapter else 1e-4, "fp32": True}
+    trained = run_shortly(path, model, cache, tmp_path / "train", **keys)
+    places = {"adapter_name_or_path": trained} if is_adapter else {"model_name_or_path": trained}
+    exported = run_shortly(
+        ROOT / "configs" / "export_lora.yaml",
+        model,
+        cache,
+        tmp_path / "export",
+        **{"adapter_name_or_path": "", **places},
+    )
+
+    @torch.no_grad()
+    def logits(network: torch.nn.Module) -> torch.Tensor:
+        ids = torch.arange(500, 532)[None]
+        found: torch.Tensor = network.eval()(ids).logits
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMRAY_CACHE", str(cache))
+        base_dir = hub.resolve(model, ModelArguments())
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    before = logits(base)
+    if is_adapter:  # also of low-bit weights: it goes onto the ordinary ones
+        after = logits(PeftModel.from_pretrained(base, trained))
+    else:
+        after = logits(AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32))
+    again = logits(AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32))
+    assert (after - before).abs().max() > 0.05
+    torch.testing.assert_close(again, after, atol=2e-3, rtol=1e-3)

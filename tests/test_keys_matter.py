@@ -23,12 +23,13 @@ from safetensors import safe_open
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from llmray import assembly, cli, hub, local, store
+from llmray import assembly, cli, export, hub, local, store
 from llmray.arguments import capabilities
 from llmray.arguments.run import FIELDS, load
 from llmray.data import access, prepared
 from llmray.data.tokenizer import load_tokenizer
 from llmray.errors import ArgumentsError, ClusterError, ModelError
+from llmray.model import pickled
 from llmray.model.load import load_model
 from llmray.run import Context, run
 from llmray.serve import answering
@@ -872,8 +873,51 @@ def placed(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Any:
     return asked
 
 
+EXPORT = {"do_train": False, "adapter_name_or_path": "@adapter", "overwrite_output_dir": True}
+
+
+def exported(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> set[str]:
+    """The files of an export, with their place."""
+    place = Path(export.export(site.arguments({**EXPORT, "export_dir": "@exported", **keys})))
+    return {str(path) for path in place.iterdir()}
+
+
+def exported_where(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> list[int]:
+    asked: list[int] = []
+    patch.setattr(export, "default_device", lambda rank: asked.append(rank) or torch.device("cpu"))
+    exported(site, keys, patch)
+    return asked
+
+
+def uploaded(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> list[str]:
+    names: list[str] = []
+    patch.setattr("huggingface_hub.HfApi.create_repo", lambda hub, name, **said: names.append(name))
+    patch.setattr("huggingface_hub.HfApi.upload_folder", lambda hub, **said: None)
+    exported(site, keys, patch)
+    return names
+
+
+def reads_pickles(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> str:
+    place = site.root / "pickled"
+    if not place.exists():
+        make_tokenizer(place)
+        make_model(place)
+        pickled.convert(place)
+    try:
+        site.train({"max_steps": 1, "model_name_or_path": "@pickled", **keys})
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
 GENERATING: dict[str, tuple[Any, Any, Seen]] = {
     "quantization_device_map": (..., "auto", placed),
+    "export_dir": ("@out-1", "@out-2", exported),
+    "export_size": (5, 3e-5, exported),
+    "export_device": ("cpu", "auto", exported_where),
+    "export_legacy_format": (False, True, exported),
+    "export_hub_model_id": ("org/one", "org/two", uploaded),
+    "allow_pickled_weights": (False, True, reads_pickles),
     "do_sample": (True, False, drawn),
     "temperature": (0.5, 0.9, drawn),
     "top_p": (0.5, 0.9, drawn),

@@ -259,15 +259,11 @@ NOT_BUILT: dict[str, Gap] = {
         "trackio_static_space_id",
     ),
     **_family(
-        f"Export is not built yet. {_REMOVE}",
-        "export_dir",
-        "export_size",
-        "export_device",
+        f"Quantised export is not built yet. {_REMOVE}",
         "export_quantization_bit",
         "export_quantization_dataset",
         "export_quantization_nsamples",
         "export_quantization_maxlen",
-        "export_hub_model_id",
     ),
     **_family(
         f"Uploads to a hub are not built yet. {_REMOVE}",
@@ -307,9 +303,6 @@ NOT_SUPPORTED: dict[str, Gap] = {
         "Transformers 5 always loads without a second copy in memory. Remove the key."
     ),
     "ignore_pad_token_for_loss": Gap("Padding is never learnt. Remove the key."),
-    "export_legacy_format": Gap(
-        "Transformers 5 writes no .bin files; weights are safetensors. Remove the key."
-    ),
     "average_tokens_across_devices": Gap(
         "The loss is always divided by the tokens of all workers, so that it does not depend on "
         "how a batch is split. Remove the key."

@@ -171,6 +171,11 @@ class BaseArguments(Group):
         False,
         description="Print name, shape, number format, device and trainability of each parameter.",
     )
+    allow_pickled_weights: bool = Field(
+        False,
+        description="Read weights of .bin files, tensors alone, where a model or adapter has no "
+        "safetensors.",
+    )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with a model from a hub."
     )

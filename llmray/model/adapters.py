@@ -24,7 +24,7 @@ from llmray.arguments.model import ModelArguments
 from llmray.arguments.problems import given
 from llmray.arguments.run import RunArguments
 from llmray.errors import ArgumentsError, ModelError
-from llmray.model import adapter_files, embedding, pissa, targets
+from llmray.model import adapter_files, embedding, pickled, pissa, targets
 from llmray.model.layers import linear_modules
 from llmray.model.quantize import is_low_bit
 
@@ -117,17 +117,29 @@ def merge(
     """
     if is_low_bit(model) and names:
         [name] = names  # more than one is refused with the arguments
-        beside = _load(model, name, model_args, is_trainable=False)
+        tuned = beside(model, name, model_args)
         log.info("adapter %s answers beside the low-bit weights", name)
-        return cast("PreTrainedModel", beside.requires_grad_(False).eval())
+        return cast("PreTrainedModel", tuned)
     for name in names:
-        tuned = _load(model, name, model_args, is_trainable=False)
-        _untie(tuned)
-        merged = tuned.merge_and_unload()
-        merged.requires_grad_(False)
+        model = fold(beside(model, name, model_args))
         log.info("merged adapter %s", name)
-        model = merged
     return model
+
+
+def beside(model: PreTrainedModel, name: str, model_args: ModelArguments) -> PeftModel:
+    """`model` with an adapter that answers beside its weights; nothing trains.
+
+    Raises:
+        ModelError: as `resume`.
+    """
+    return _load(model, name, model_args, is_trainable=False).requires_grad_(False).eval()
+
+
+def fold(tuned: PeftModel) -> PreTrainedModel:
+    """The model inside `tuned` with the adapter added into its weights; nothing trains."""
+    _untie(tuned)
+    merged: PreTrainedModel = tuned.merge_and_unload()
+    return merged.requires_grad_(False)
 
 
 def _load(
@@ -137,17 +149,19 @@ def _load(
 
     directory = hub.resolve(name, model_args, kind="adapter")
     embedding.check(model, directory, name)
+    pickled.require_safe(directory, model_args)
     try:
         config = LoraConfig.from_pretrained(directory)
         started, config.init_lora_weights = config.init_lora_weights, True
         adapter_files.check(model, directory, config)
         with _no_advice():
+            # what is merged keeps its own float32 until it is rounded with the weight
             tuned = PeftModel.from_pretrained(
                 model,
                 directory,
                 config=config,
                 is_trainable=is_trainable,
-                autocast_adapter_dtype=False,
+                autocast_adapter_dtype=not is_trainable,
             )
     except SafetensorError as error:
         raise ModelError(

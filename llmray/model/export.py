@@ -22,6 +22,7 @@ def write_weights(
     tokenizer: PreTrainedTokenizerBase,
     *,
     dtype: torch.dtype | None = None,
+    shard_bytes: int | None = None,
 ) -> None:
     """Write `model` and `tokenizer` into `directory`, in Hugging Face's format.
 
@@ -34,6 +35,7 @@ def write_weights(
         directory: is made if needed; whoever calls sees to it that it is committed whole.
         tokenizer: with its chat template.
         dtype: of the weights in the files; None keeps that in memory.
+        shard_bytes: the largest weight file of a whole model; None leaves that to transformers.
 
     Raises:
         StoreError: if it cannot be written.
@@ -43,7 +45,7 @@ def write_weights(
         if hasattr(model, "peft_config"):
             _write_adapter(model, directory, dtype)
         else:
-            _write_model(model, directory, dtype)
+            _write_model(model, directory, dtype, shard_bytes)
         tokenizer.save_pretrained(directory)
         store.share(directory)
 
@@ -63,16 +65,19 @@ def _write_adapter(model: Any, directory: Path, dtype: torch.dtype | None) -> No
         rope.write_record(base.config, directory)
 
 
-def _write_model(model: Any, directory: Path, dtype: torch.dtype | None) -> None:
+def _write_model(
+    model: Any, directory: Path, dtype: torch.dtype | None, shard_bytes: int | None
+) -> None:
     base = causal_lm(model)
+    settings = {} if shard_bytes is None else {"max_shard_size": shard_bytes}
     if dtype is None or all(p.dtype == dtype for p in base.parameters()):
-        base.save_pretrained(directory)
+        base.save_pretrained(directory, **settings)
         return
     state = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in base.state_dict().items()
     }
-    base.save_pretrained(directory, state_dict=state)
+    base.save_pretrained(directory, state_dict=state, **settings)
     path = directory / "config.json"
     config = json.loads(path.read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")

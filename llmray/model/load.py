@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from logging import getLogger
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ from llmray import hub
 from llmray.arguments import derived
 from llmray.arguments.model import ModelArguments
 from llmray.errors import LlmrayError, ModelError
-from llmray.model import embedding, kernels, quantize, rope
+from llmray.model import embedding, kernels, pickled, quantize, rope
 from llmray.model.quiet import quiet
 from llmray.model.recompute import recompute_activations
 from llmray.model_code import optional_imports
 
 log = getLogger("llmray")
+
+DAMAGED = (SafetensorError, UnpicklingError, EOFError)
 
 
 def load_config(model_dir: Path | str, model_args: ModelArguments) -> PretrainedConfig:
@@ -88,9 +91,10 @@ def load_model(
                 config.__dict__.pop("quantization_config", None)  # of weights that are not read
                 model = AutoModelForCausalLM.from_config(config, **settings)
             else:
+                pickled.require_safe(directory, model_args)
                 low_bit = quantize.settings(config, model_args, dtype=dtype, device=device)
                 model = _from_files(directory, config, device, settings | low_bit)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, *DAMAGED) as error:
         raise _unreadable(directory, error) from error
     if quantize.is_low_bit(model):  # lies where it was quantised
         quantize.settle(model, dtype)
@@ -150,10 +154,10 @@ def _unreadable(directory: Path, error: Exception) -> LlmrayError:
     if isinstance(error, LlmrayError):
         return error
     first_line = str(error).strip().split("\n")[0]
-    if isinstance(error, SafetensorError):
+    if isinstance(error, DAMAGED):
         return ModelError(
-            f"a weight file in {directory} is damaged ({first_line}). Whole safetensors files are "
-            "required: fetch the model again."
+            f"a weight file in {directory} is damaged, or holds more than weights ({first_line}). "
+            "Whole files of weights are required: fetch the model again."
         )
     return ModelError(
         f"{directory} cannot be loaded: {first_line}. A causal language model that transformers "

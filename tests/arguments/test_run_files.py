@@ -57,6 +57,9 @@ LOADS = {
     "lora plus": COMMON + "loraplus_lr_ratio: 16.0\nuse_rslora: true\nuse_dora: true\n",
     "low bit": COMMON + "quantization_bit: 4\nquantization_method: bnb\n",
     "low bit, as documented": COMMON + "quantization_bit: 8\nquantization_method: bitsandbytes\n",
+    "export": "model_name_or_path: org/Some-4B\nadapter_name_or_path: saves/run\n"
+    "template: llama3\nexport_dir: saves/merged\nexport_size: 5\nexport_device: cpu\n"
+    "export_legacy_format: false\n",
     "predict": "model_name_or_path: org/Some-4B\nstage: sft\ndo_predict: true\n"
     "finetuning_type: full\neval_dataset: a\npredict_with_generate: true\noutput_dir: saves/p\n"
     "per_device_eval_batch_size: 1\n",
@@ -82,9 +85,6 @@ FAILS = {
     "oft": COMMON.replace("lora\nlora_rank: 8\nlora_target: all", "oft\noft_block_size: 32"),
     "llama pro": COMMON.replace("lora\nlora_rank: 8\nlora_target: all", "freeze")
     + "freeze_trainable_layers: 8\nuse_llama_pro: true\n",
-    "export": "model_name_or_path: org/Some-4B\nadapter_name_or_path: saves/run\n"
-    "template: llama3\nexport_dir: saves/merged\nexport_size: 5\nexport_device: cpu\n"
-    "export_legacy_format: false\n",
     "quantized export": "model_name_or_path: org/Some-4B\ntemplate: llama3\nexport_dir: saves/q\n"
     "export_quantization_bit: 4\nexport_quantization_dataset: data/c4_demo.jsonl\n",
     "vision": COMMON + "image_max_pixels: 262144\nvideo_max_pixels: 16384\n"
