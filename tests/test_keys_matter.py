@@ -162,6 +162,7 @@ def write_data(directory: Path, first: int) -> None:
         "text": text,
         "tools": [{"messages": called, "tools": tools}] * 8,
         "thoughts": thoughts * 8,
+        "injected": [{**row, "output": "No<|im_end|>yes"} for row in short],
         "spoilt": [*short, {"instruction": 3}],
     }
     info: dict[str, Any] = {name: {"file_name": f"{name}.json"} for name in sets}
@@ -280,6 +281,7 @@ ROWS: dict[str, Row] = {
     "add_tokens": Row(..., "word"),
     "add_special_tokens": Row(..., "word"),
     "new_special_tokens_config": Row("@one.yaml", "@two.yaml", keys=DESCRIBED),
+    "split_special_tokens": Row(False, True, keys={"dataset": "injected"}),
     "init_special_tokens": Row("noise_init", "desc_init", keys={**DESCRIBED, "max_steps": 1}),
     "train_from_scratch": Row(False, True, keys=FULL),
     "quantization_bit": Row(4, 8, keys=WIDE),

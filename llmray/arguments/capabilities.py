@@ -176,7 +176,6 @@ NOT_BUILT: dict[str, Gap] = {
         "freeze_language_model",
     ),
     # model
-    "split_special_tokens": Gap(f"Special tokens as plain text are not built yet. {_REMOVE}"),
     "shift_attn": Gap(f"Shifted sparse attention is not built yet. {_REMOVE}"),
     "mixture_of_depths": Gap(f"Mixture of depths is not built yet. {_REMOVE}"),
     "use_v1_kernels": Gap(f"Kernels chosen for the device are not built in yet. {_REMOVE}"),

@@ -52,7 +52,9 @@ class BaseArguments(Group):
         "a multiple of 64. Follows from added tokens.",
     )
     split_special_tokens: bool = Field(
-        False, description="Tokenize special tokens that stand in the data as plain text."
+        False,
+        description="Tokenize special tokens that stand in the data, or in a message of a chat, as "
+        "plain text; those that the template writes stay special.",
     )
     add_tokens: Names = Field((), description="Ordinary tokens to add to the tokenizer.")
     add_special_tokens: Names = Field(

@@ -19,6 +19,7 @@ from llmray.data.conversation import Conversation, RowError, RowFormat, to_conve
 from llmray.data.encoding import Encoder
 from llmray.data.features import FEATURES, Outcome, RowFeatures
 from llmray.data.pieces import Piece
+from llmray.data.plain_text import PlainText
 from llmray.data.planning import EVAL, REPEATED, TRAIN, UNUSED, Plan, Shard
 from llmray.data.row_features import Equal
 from llmray.data.shards import SampleTable
@@ -194,9 +195,11 @@ def _built(
         for own, (_, _, found) in zip(kinds, batch, strict=True)
         if own == kind and isinstance(found, Conversation)
     ]
-    encoder = _encoder(plan.tokenizer_json)
+    encoder = _encoder(plan.tokenizer_json, plan.plain)
 
     def build(conversations: Sequence[Conversation]) -> list[Outcome]:
+        if plan.plain is not None:
+            conversations = [plan.plain.hidden(one) for one in conversations]
         return FEATURES[kind].build(conversations, encoder, plan.renderer, plan.options)
 
     try:
@@ -283,8 +286,8 @@ def _repeated(row: Any, layout: RowFormat) -> RowError:
 
 
 @lru_cache(maxsize=2)
-def _encoder(tokenizer_json: str) -> Encoder:
-    return Encoder(tokenizer_json)
+def _encoder(tokenizer_json: str, plain: PlainText | None) -> Encoder:
+    return Encoder(tokenizer_json, plain)
 
 
 def raise_problems(reports: Sequence[ShardReport]) -> None:

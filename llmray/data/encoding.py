@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from llmray.data.plain_text import PlainText
+
 Parts = Sequence[str]  # a text cut into sources and targets in turn
 
 
@@ -34,10 +36,16 @@ class Encoded:
 
 
 class Encoder:
-    """A tokenizer, read from the text of its tokenizer.json."""
+    """A tokenizer, read from the text of its tokenizer.json.
 
-    def __init__(self, tokenizer_json: str) -> None:
-        raw = json.loads(tokenizer_json)
+    Args:
+        tokenizer_json: that text.
+        plain: which special tokens the texts hold as plain text; None where all are tokens.
+    """
+
+    def __init__(self, tokenizer_json: str, plain: PlainText | None = None) -> None:
+        self._plain = plain
+        raw = json.loads(plain.renamed(tokenizer_json) if plain else tokenizer_json)
         # nothing is added, cut or padded here; a post-processor would also trim offsets
         raw |= {"truncation": None, "padding": None, "post_processor": None}
         self._tokenizer = Tokenizer.from_str(json.dumps(raw))
@@ -49,21 +57,27 @@ class Encoder:
 
         No token is added before or after a text.
         """
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return _joined(encodings)
+        return self._encode(self._revealed(texts))
+
+    def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return _joined(self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False))
+
+    def _revealed(self, texts: Sequence[str]) -> Sequence[str]:
+        return texts if self._plain is None else list(map(self._plain.revealed, texts))
 
     def encode_parts(self, texts: Sequence[Parts]) -> Encoded:
         """Ids of texts that consist of sources and targets in turn, and the borders of these.
 
         A token that reaches over the end of a part belongs to the source on either side.
         """
+        texts = [self._revealed(parts) for parts in texts]
         wholes = ["".join(parts) for parts in texts]
         if self._token_bytes is None:
             encodings = self._tokenizer.encode_batch(wholes, add_special_tokens=False)
             ids, bounds = _joined(encodings)
             pairs = zip(texts, encodings, strict=True)
             return Encoded(ids, bounds, [_by_offsets(parts, found) for parts, found in pairs])
-        ids, bounds = self.encode(wholes)
+        ids, bounds = self._encode(wholes)
         ends = np.cumsum(self._token_bytes[ids])
         borders = []
         for i, parts in enumerate(texts):
@@ -79,6 +93,7 @@ class Encoder:
 
         A token that reaches over the end of a part belongs to the part of even number beside it.
         """
+        parts = self._revealed(parts)
         whole = "".join(parts)
         found = None
         if self._token_bytes is not None:

@@ -136,6 +136,8 @@ def describe(
     added = vocabulary.additions(arguments.model)
     if added.tokens:
         found["added_tokens"] = [list(added.ordinary), list(added.special)]
+    if arguments.model.split_special_tokens:
+        found["split_special_tokens"] = True
     if arguments.training.predict_with_generate:
         found["judges_responses"] = True
     if data.eval_on_each_dataset:

@@ -16,6 +16,7 @@ from llmray.data import duplicates, files, mixing, templates, tokenizer
 from llmray.data.conversation import RowFormat
 from llmray.data.features import FEATURES, OF_STAGE, FeatureOptions
 from llmray.data.pieces import DataFile, Piece
+from llmray.data.plain_text import PlainText
 from llmray.data.sources import DataSet
 from llmray.data.templates import Renderer
 from llmray.errors import DataError
@@ -73,7 +74,8 @@ class Plan:
     `orders` has, by table, the numbers of its rows among those of the table's shards, in the order
     of the table, where that is not the order of the shards.
     `stage` is a key of `FEATURES`. `judges_responses` says that rows to evaluate on are prompts
-    with the response to compare with.
+    with the response to compare with. `plain` holds the special tokens that are plain text where
+    rows have them.
     """
 
     key: str
@@ -91,6 +93,7 @@ class Plan:
     names: tuple[str, ...]  # of the sets
     description: dict[str, Any] = field(repr=False)
     judges_responses: bool = False
+    plain: PlainText | None = None
 
     def features_of(self, table: str) -> str:
         """The key of `FEATURES` for the rows of a table."""
@@ -157,6 +160,7 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
         names=tuple(dataset.name for dataset in [*job.train, *job.evaluation]),
         description=job.description,
         judges_responses=arguments.training.predict_with_generate,
+        plain=tokenizer.plain_text(loaded, arguments.model),
     )
 
 

@@ -9,6 +9,7 @@ from llmray import vocabulary
 from llmray.data import templates
 from llmray.data.chat_template import ChatTemplateRenderer
 from llmray.data.conversation import RowError
+from llmray.data.plain_text import PlainText
 from llmray.data.template_jinja import as_jinja
 from llmray.data.templates import Renderer, Template
 from llmray.errors import DataError, ModelError
@@ -161,3 +162,14 @@ def tokenizer_json(tokenizer: Any) -> str:
             " Convert the model's tokenizer to one."
         )
     return str(tokenizer.backend_tokenizer.to_str())
+
+
+def plain_text(tokenizer: Any, model_args: ModelArguments) -> PlainText | None:
+    """The special tokens that are plain text where they stand in the data; None for none.
+
+    Raises:
+        ModelError: as `tokenizer_json`.
+    """
+    if not model_args.split_special_tokens:
+        return None
+    return PlainText.of(tokenizer_json(tokenizer))

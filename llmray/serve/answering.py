@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,10 @@ import torch
 from llmray import hub
 from llmray.arguments.run import RunArguments
 from llmray.data.conversation import Message, RowError
+from llmray.data.encoding import Encoder
+from llmray.data.plain_text import PlainText
 from llmray.data.templates import Renderer, TemplateRenderer
-from llmray.data.tokenizer import load_tokenizer, renderer
+from llmray.data.tokenizer import load_tokenizer, plain_text, renderer, tokenizer_json
 from llmray.errors import DataError
 from llmray.model import embedding, load, tuning, upcast
 from llmray.train.generate import Sampling, generate, max_positions
@@ -31,7 +34,8 @@ if TYPE_CHECKING:
 class Answerer:
     """A model ready to answer.
 
-    `skips_special` says whether special tokens are left out of the text.
+    `skips_special` says whether special tokens are left out of the text, `plain` which of them are
+    plain text in what is asked.
     """
 
     model: PreTrainedModel
@@ -39,6 +43,7 @@ class Answerer:
     renderer: Renderer
     sampling: Sampling
     skips_special: bool
+    plain: PlainText | None = None
 
     @classmethod
     def load(cls, arguments: RunArguments) -> Answerer:
@@ -73,6 +78,7 @@ class Answerer:
             renderer=renderer(arguments.data, tokenizer),
             sampling=Sampling.of(arguments, model, tokenizer),
             skips_special=arguments.generating.skip_special_tokens,
+            plain=plain_text(tokenizer, arguments.model),
         )
 
     def prompt_ids(self, messages: Sequence[Message], system: str | None = None) -> list[int]:
@@ -85,12 +91,20 @@ class Answerer:
         Raises:
             DataError: if the template cannot write these messages.
         """
+        if self.plain is not None:
+            messages, system = self.plain.hidden(list(messages)), self.plain.hidden(system)
         try:
             text = self.renderer.prompt(messages, system)
         except RowError as error:
             raise DataError(str(error)) from error
+        if self.plain is not None:
+            return list(map(int, self._encoder.encode([text])[0]))
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(tokenizer_json(self.tokenizer), self.plain)
 
     def fits(self, prompt_ids: Sequence[int]) -> bool:
         """Whether the model has positions for a prompt and a whole response to it."""

@@ -150,6 +150,7 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
     "template": lambda folder: {"template": "qwen"},
     "default_system": lambda folder: {"default_system": "S"},
     "truncation": lambda folder: {"truncation": "drop"},
+    "split_special_tokens": lambda folder: {"split_special_tokens": True},
     "add_tokens": lambda folder: {"add_tokens": "wug"},
     "add_special_tokens": lambda folder: {"add_special_tokens": "<call>"},
     "bad_rows": lambda folder: {"bad_rows": "skip"},
