@@ -207,6 +207,22 @@ def test_an_adapter_in_a_folder_of_a_repository(monkeypatch, tmp_path):
         hub.resolve("org/adapters", ModelArguments(cache_dir=str(tmp_path)), kind="adapter")
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_pickled_weights_are_fetched_only_where_they_may_be_read(monkeypatch, tmp_path, allowed):
+    """A repository that has no safetensors."""
+    (tmp_path / "config.json").write_text("{}")
+    asked = []
+
+    def fetch(name, key, model_args, revision, unused):
+        asked.append("*.bin" not in unused)
+        return tmp_path
+
+    monkeypatch.setattr(hub.downloads, "fetch", fetch)
+    keys = ModelArguments(allow_pickled_weights=allowed)
+    assert hub.resolve("somebody/model", keys) == tmp_path
+    assert any(asked) is allowed
+
+
 def test_files_and_folders_of_the_wrong_kind(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="that goes to adapter_name_or_path"):

@@ -34,7 +34,7 @@ VALUE_HINTS: dict[tuple[str, str], str] = {
     **{
         ("quantization_method", name): "A checkpoint in that format is recognised by itself: "
         "remove the key."
-        for name in ("gptq", "awq", "aqlm", "quanto", "mxfp4", "fp8")
+        for name in ("gptq", "awq", "aqlm", "mxfp4", "fp8")
     },
 }
 

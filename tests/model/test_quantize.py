@@ -12,13 +12,16 @@ from safetensors.torch import load_file, save_file
 from tiny import build_model, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from llmray import local
 from llmray.arguments.model import ModelArguments
 from llmray.arguments.optimizer import OptimizerArguments
 from llmray.arguments.run import load
 from llmray.errors import ArgumentsError, ModelError
 from llmray.model import export, quantize, tuning
+from llmray.model.attention import native
 from llmray.model.head import TokenModel
 from llmray.model.load import load_model
+from llmray.serve import answering
 from llmray.train import optimizers, schedules
 from llmray.train.engine import Engine
 from llmray.train.losses import LanguageModeling
@@ -212,6 +215,35 @@ def test_a_resume_is_equal_to_the_bit(folders, bits):
         assert torch.equal(rest._trainable[name], parameter), name
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_mixed_precision_trains_in_float32_beside_bf16(folders, bits):
+    model = loaded(folders["llama"], quantization_bit=bits, dtype=torch.bfloat16)
+    of = engine(model, precision="bf16", quantization_bit=bits)
+    assert {p.dtype for p in of._trainable.values()} == {torch.float32}
+    losses = train(of, 12)
+    assert sum(losses[-2:]) < 0.95 * sum(losses[:2])
+
+
+@pytest.mark.parametrize("is_reentrant", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_recomputed_activations_give_the_same_gradients(folders, bits, is_reentrant):
+    found = []
+    for recomputes in (False, True):
+        model = load_model(
+            folders["llama"],
+            ModelArguments(quantization_bit=bits, use_reentrant_gc=is_reentrant),
+            dtype=torch.float32,
+            device=CPU,
+            gradient_checkpointing=recomputes,
+        )
+        of = engine(model, quantization_bit=bits)
+        of.forward_backward([make_rows().flat], LanguageModeling())
+        found.append({name: p.grad for name, p in of._trainable.items()})
+    assert any(grad.abs().sum() > 0 for grad in found[0].values())
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, atol=1e-6, rtol=1e-4)
+
+
 def test_pure_bf16_trains_in_bf16(folders):
     model = loaded(folders["llama"], quantization_bit=4, dtype=torch.bfloat16)
     of = engine(model, precision="pure_bf16")
@@ -242,6 +274,46 @@ def test_an_adapter_of_low_bits_goes_onto_ordinary_weights_and_answers_beside_lo
     assert 0 < (seen[None] - expected).abs().mean() < 0.5  # the base is other, the adapter is there
     bare = lone_logits(build_model(amplify=3.0, **WIDE), make_rows().sequences)
     assert (seen[None] - target_logprobs(bare, make_rows().flat.target_ids)).abs().max() > 0.1
+
+
+def test_chat_and_evaluation_beside_low_bits(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMRAY_CACHE", str(tmp_path / "cache"))
+    folder = shutil.copytree(folders["llama"], tmp_path / "model")
+    make_tokenizer(folder)
+    of = engine(loaded(folder, quantization_bit=4))
+    train(of, 4)
+    export.write_weights(of.model.model, tmp_path / "adapter", make_tokenizer(tmp_path))
+    rows = [{"instruction": f"Say {i}.", "output": "word " * i} for i in range(1, 5)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "dataset_info.json").write_text('{"rows": {"file_name": "rows.json"}}')
+    keys = {
+        **RUN,
+        "model_name_or_path": str(folder),
+        "adapter_name_or_path": str(tmp_path / "adapter"),
+        "quantization_bit": 4,
+        "infer_dtype": "float32",
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "do_train": False,
+        "do_eval": True,
+        "dataset": None,
+        "eval_dataset": "rows",
+        "dataset_dir": str(tmp_path),
+        "output_dir": str(tmp_path / "out"),
+        "fp32": True,
+        "report_to": "none",
+    }
+    arguments = load({key: value for key, value in keys.items() if value is not None}, environ={})
+    answerer = answering.Answerer.load(arguments)
+    prompt = [3, 40, 50, 60]
+    [ids] = answerer.generate([prompt])
+    network = of.model.model.eval()
+    with torch.no_grad(), native(network):
+        logits = network(torch.tensor([prompt]), use_cache=False).logits[0, -1]
+    assert not ids or ids[0] == int(logits.argmax())
+    assert local.train(arguments) == 0
+    found = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert 0 < found["eval_loss"] < 20
 
 
 def test_packed_weights_count_as_what_they_stand_for(folders, caplog):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import make_model, make_tokenizer
 
 from llmray.train.observers import read_log
 
@@ -51,6 +52,14 @@ def run_file(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> 
     return root / "run.json"
 
 
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of which rows are whole blocks of 4-bit weights."""
+    directory = tmp_path_factory.mktemp("wide")
+    make_tokenizer(directory)
+    return make_model(directory, hidden_size=64)
+
+
 def train(run_file: Path, name: str, launcher: list[str], *words: str) -> Path:
     output = run_file.parent / name
     environ = {**os.environ, "LLMRAY_CACHE": str(run_file.parent / "cache"), "OMP_NUM_THREADS": "1"}
@@ -61,9 +70,21 @@ def train(run_file: Path, name: str, launcher: list[str], *words: str) -> Path:
 
 def test_two_ranks_equal_one(run_file: Path) -> None:
     """The same global batch of 4 rows: 2 x 2 on one rank, 2 x 1 on two."""
-    one = train(run_file, "one", [sys.executable])
+    compare(run_file, "ordinary")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_two_ranks_equal_one_beside_low_bits(run_file: Path, wide_model: Path, bits: int) -> None:
+    words = (f"quantization_bit={bits}", f"model_name_or_path={wide_model}", "add_tokens=")
+    compare(run_file, f"{bits}-", *words)
+
+
+def compare(run_file: Path, name: str, *words: str) -> None:
+    one = train(run_file, f"{name}one", [sys.executable], *words)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    two = train(run_file, "two", [*launcher, "--standalone"], "gradient_accumulation_steps=1")
+    words = ("gradient_accumulation_steps=1", *words)
+    two = train(run_file, f"{name}two", [*launcher, "--standalone"], *words)
     logs = [read_log(path / "trainer_log.jsonl") for path in (one, two)]
     assert len(logs[0]) == len(logs[1]) == 6
     for alone, together in zip(*logs, strict=True):
