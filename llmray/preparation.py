@@ -46,6 +46,7 @@ def report(ref: prepared.PreparedRef, seconds: float) -> str:
         "rows": _rows(ref, opened),
         "tokens": f"{ref.num_tokens}, {ref.num_targets} of them targets",
         "lengths": _quantiles(lengths),
+        "tokenised": f"{ref.num_built} rows now" if ref.num_built else "before",
     }
     for name, count in counts.items():
         if name in NAMES and count:
@@ -63,6 +64,8 @@ def report(ref: prepared.PreparedRef, seconds: float) -> str:
 # what a build counts, as users say it
 NAMES = {
     "truncated": "cut to cutoff_len",
+    "over_limit": "over cutoff_len, left out",
+    "bad": "cannot be read, left out",
     "empty": "empty, left out",
     "equal": "pairs of equal answers, left out",
     "without_target": "without a response, left out",

@@ -48,6 +48,22 @@ def test_prepare_says_what_the_data_holds(
     [kept] = preparation.kept()
     assert (kept.key, kept.rows, kept.sets) == (facts["key"], 31, ("rows",))
     assert "targets" in facts["tokens"]
+    assert facts["tokenised"] == "31 rows now"
+    assert cli.main(["prepare", str(run_file)]) == 0
+    assert said(capsys)["tokenised"] == "before"
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [(["truncation=drop"], "over cutoff_len, left out"), ([], "cannot be read, left out")],
+)
+def test_prepare_counts_what_was_left_out(
+    keys: list[str], name: str, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json.loads(run_file.with_name("rows.json").read_text())
+    run_file.with_name("rows.json").write_text(json.dumps([*rows, *([] if keys else [{}, 3])]))
+    assert cli.main(["prepare", str(run_file), "bad_rows=skip", *keys]) == 0
+    assert said(capsys)[name] == ("1 rows" if keys else "2 rows")
 
 
 def test_kept_data_is_listed_and_removed(

@@ -301,7 +301,10 @@ NOT_SUPPORTED: dict[str, Gap] = {
     "low_cpu_mem_usage": Gap(
         "Transformers 5 always loads without a second copy in memory. Remove the key."
     ),
-    "ignore_pad_token_for_loss": Gap("Padding is never learnt. Remove the key."),
+    "ignore_pad_token_for_loss": Gap(
+        "Padding is never learnt: targets are marked by their place in a row, where there is none. "
+        "Set it to true, or remove the key."
+    ),
     "average_tokens_across_devices": Gap(
         "The loss is always divided by the tokens of all workers, so that it does not depend on "
         "how a batch is split. Remove the key."

@@ -203,3 +203,12 @@ def test_combinations(combination):
 @pytest.mark.parametrize("kind", ["lora", "full", "freeze"])
 def test_training_may_start_from_an_adapter(kind):
     load(BASE | {"adapter_name_or_path": "a", "finetuning_type": kind}, environ={})
+
+
+def test_what_always_holds_may_be_said(caplog):
+    """Padding is never learned: true says so, false contradicts."""
+    given = load(BASE | {"ignore_pad_token_for_loss": True}, environ={})
+    assert given.data.ignore_pad_token_for_loss
+    assert not caplog.messages
+    with pytest.raises(ArgumentsError, match=r"Padding is never learnt: .* Set it to true"):
+        load(BASE | {"ignore_pad_token_for_loss": "false"}, environ={})

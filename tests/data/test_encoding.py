@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 from bare_tokenizers import byte_level, composing, lowercase, sentencepiece_like, stripping
+from letters import Letters
 from tiny import make_tokenizer
 
+from llmray.data.conversation import Conversation, Message
 from llmray.data.encoding import Encoder
+from llmray.data.features import FeatureOptions, RowFeatures, supervised
 
 TOKENIZERS = [byte_level, composing, lowercase, stripping, sentencepiece_like]
 PIECES = [
@@ -92,6 +95,21 @@ def test_a_token_over_the_end_of_a_part_belongs_to_the_source() -> None:
     )
     [borders] = encoder.encode_parts([["said", ": ", '"so"', "."]]).borders
     assert borders[1] == len(tokenizer.encode("said:").ids)
+
+
+def test_a_token_of_prompt_and_response_is_not_learned() -> None:
+    """Of 'said: "so"' the response begins within the token ' "': it is the prompt's."""
+    tokenizer = byte_level()
+    said = (Message("user", "said: "), Message("assistant", '"so"'))
+    [row] = supervised(
+        [Conversation(said)], Encoder(tokenizer.to_str()), Letters(), FeatureOptions(cutoff_len=64)
+    )
+    assert isinstance(row, RowFeatures)
+    assert row.input_ids.tolist() == tokenizer.encode('said: "so"').ids
+    start, stop = row.targets
+    tokens = [tokenizer.decode([token]) for token in row.input_ids.tolist()]
+    assert "".join(tokens[start:stop]) == 'so"'
+    assert tokens[start - 1] == ' "'
 
 
 def test_an_empty_text_has_no_tokens() -> None:
