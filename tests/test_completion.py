@@ -44,8 +44,8 @@ def test_commands(complete):
 def test_keys_wait_for_their_value(complete):
     offered = complete("llmray train ")
     assert {f"{key}=" for key in FIELDS} <= set(offered)
-    assert complete("llmray train my.yaml lora_al") == ["lora_alpha="]
-    assert complete("llmray train my.yaml --lora_al") == ["--lora_alpha "]
+    assert complete("llmray train my.yaml lora_dr") == ["lora_dropout="]
+    assert complete("llmray train my.yaml --lora_dr") == ["--lora_dropout "]
 
 
 @pytest.mark.parametrize("before", ["bf16=", "--bf16=", "--bf16 "])
@@ -66,13 +66,13 @@ def test_run_files_and_folders(complete):
 
 def test_options_and_keys_as_words(complete):
     assert "--rows " in complete("llmray render --ro")
-    assert complete("llmray check my.yaml --explain lora_al") == ["lora_alpha "]
-    assert complete("llmray args lora_al") == ["lora_alpha "]
+    assert complete("llmray check my.yaml --explain lora_dr") == ["lora_dropout "]
+    assert complete("llmray args lora_dr") == ["lora_dropout "]
     assert complete("llmray completion ") == ["bash ", "zsh ", "fish "]
 
 
 def test_a_word_with_a_star_is_not_expanded(complete):
-    assert complete("llmray train * lora_al") == ["lora_alpha="]
+    assert complete("llmray train * lora_dr") == ["lora_dropout="]
 
 
 @pytest.mark.parametrize(

@@ -791,8 +791,8 @@ def prepares(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Any:
     from llmray.orchestration.plan import Node
 
     ref = prepared.PreparedRef("place", "key", 1, 0, 1, 1)
-    patch.setattr(prepare_job, "ready_here", lambda *given: (Path("model"), ref))
-    patch.setattr(prepare_job, "_prepare_together", lambda *given: "all nodes together")
+    patch.setattr(prepare_job, "ready_here", lambda *given, **named: (Path("model"), ref))
+    patch.setattr(prepare_job, "_prepare_together", lambda *given, **named: "all nodes together")
     patch.setattr(
         prepare_job.cluster,
         "on_nodes",

@@ -253,7 +253,8 @@ def balance(base: PreTrainedModel) -> float | None:
         return asked or None
     config = base.config.get_text_config()
     wants = bool(getattr(config, "output_router_logits", False))
-    return float(config.router_aux_loss_coef) if wants else None
+    # a model that asks for it and has no such loss is refused where the loss is made
+    return float(getattr(config, "router_aux_loss_coef", 1.0)) if wants else None
 
 
 def set_balance(model: nn.Module, coefficient: float) -> None:

@@ -247,7 +247,7 @@ def test_an_adapter_whose_files_differ_in_rank_is_refused(tmp_path):
 def test_an_adapter_of_another_vocabulary_is_refused(target, tmp_path):
     tied = {"tie_word_embeddings": False}
     path = saved(tuned(build_model(vocab_size=328, **tied), **{target: "embed_tokens"}), tmp_path)
-    with pytest.raises(ModelError, match=r"a vocabulary of 328 rows, and .*embed_tokens has 320"):
+    with pytest.raises(ModelError, match="an embedding of 328 rows, and the model has 320"):
         tuned(build_model(**tied), adapter_name_or_path=path)
 
 

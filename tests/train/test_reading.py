@@ -90,4 +90,4 @@ def test_pinned_memory_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[torch.Tensor] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
     reader(Ahead(pins=True)).step(0)
-    assert len(pinned) == 3 * 5
+    assert len(pinned) == 3 * 6
