@@ -36,21 +36,18 @@ class Handle(Protocol):
 class Answer:
     """A response to be scored, as text; picklable.
 
-    `id` names it across retries: run, step, rank, index. `text`, prompt and response together, is
-    what the policy read and wrote, in its template. `label` is the response of the data set, for
-    rewards that verify.
+    `id` names it across retries: which rollout, which row, which sample. `prompt` and `response`
+    are as people read them; `text` is both together as the policy read and wrote them, in its
+    template with its special tokens. `label` is the response of the data set, for rewards that
+    verify.
     """
 
     id: str
     prompt: str
     response: str
+    text: str
     label: str = ""
     num_tokens: int = 1
-
-    @property
-    def text(self) -> str:
-        """Prompt and response."""
-        return self.prompt + self.response
 
 
 class Scores(Protocol):

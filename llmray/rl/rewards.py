@@ -33,7 +33,12 @@ class Scored:
 
 
 class Rewards(Protocol):
-    """What the step of ppo asks for scores."""
+    """What the step of ppo asks for scores; `names` are those of the parts."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the sources that are added."""
+        ...
 
     def submit(self, answers: Sequence[Answer]) -> Future[Scored]:
         """Start scoring; the future has the scores, or a `RewardError`."""
@@ -62,6 +67,11 @@ class WeightedRewards:
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = tuple(sources)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the sources that are added."""
+        return tuple(source.name for source in self._sources)
 
     def submit(self, answers: Sequence[Answer]) -> Future[Scored]:
         """Start scoring with all sources; the first failure of one is that of the sum."""

@@ -15,7 +15,7 @@ QUICK = {"request_timeout_s": 0.3, "timeout_s": 0.6, "probe_every_s": 0.05, "bat
 
 
 def answers(count, tokens=10):
-    return [Answer(f"run-0-0-{i}", "Say it.", f"{i}", num_tokens=tokens) for i in range(count)]
+    return [Answer(f"run-0-0-{i}", "Say it.", f"{i}", "", num_tokens=tokens) for i in range(count)]
 
 
 def length(answer):

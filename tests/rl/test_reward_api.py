@@ -14,7 +14,7 @@ from llmray.rl.handles import Answer, HandleLost
 from llmray.rl.reward_api import ApiOptions, RewardApi
 
 QUICK = {"timeout_s": 0.5, "num_retries": 2, "backoff_s": 0.01}
-ANSWERS = [Answer("0", "ab", "c"), Answer("1", "", "é")]
+ANSWERS = [Answer("0", "ab", "c", "abc"), Answer("1", "", "é", "é")]
 
 
 def lengths(request):

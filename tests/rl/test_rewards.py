@@ -14,7 +14,7 @@ from llmray.rl.reward_api import ApiOptions
 from llmray.rl.reward_function import FunctionReward
 from llmray.rl.rewards import Source, WeightedRewards, handle_of, kind_of, names_of
 
-ANSWERS = [Answer(f"r-{i}", f"p{i}", "x" * i, label="xx") for i in range(5)]
+ANSWERS = [Answer(f"r-{i}", f"p{i}", "x" * i, "", label="xx") for i in range(5)]
 
 
 @pytest.fixture

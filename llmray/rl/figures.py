@@ -1,0 +1,101 @@
+"""What is shown of a rollout: scores, divergence, lengths, seconds; over all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmray.rl import advantages
+from llmray.rl.advantages import KlEstimator
+from llmray.rl.experience import Experience
+from llmray.train.parallel import World
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A rollout of all ranks in numbers; means over its valid responses where not said otherwise.
+
+    `kl` is the divergence from the reference, nats, summed over the tokens of a response;
+    `entropy` a mean over tokens; `response_length` and `without_eos` are over all responses.
+    """
+
+    num_responses: float
+    num_valid: float
+    score: float
+    score_deviation: float
+    kl: float
+    entropy: float
+    response_length: float
+    without_eos: float
+
+
+def kl_by_response(found: Experience, estimator: KlEstimator) -> Tensor:
+    """The divergence from the reference of each response, (S,) nats."""
+    kl_ST = advantages.kl_estimates(found.logprobs_ST, found.reference_ST, estimator)
+    return torch.where(found.mask_ST, kl_ST, 0.0).sum(1)
+
+
+def of_experience(found: Experience, estimator: KlEstimator, world: World) -> Judged:
+    """The figures of a rollout of all ranks; a collective call."""
+    valid_S = found.valid_S
+    count, mean, squares = advantages.pooled(found.scores_S[valid_S], world)
+    kl_S = kl_by_response(found, estimator)[valid_S]
+    sums = [
+        float(kl_S.double().sum()),
+        float(found.entropy_ST[found.mask_ST].double().sum()),
+        float(found.mask_ST.sum()),
+        float(len(valid_S)),
+        float((~found.rollout.ended_S).sum()),
+    ]
+    kl, entropy, tokens, responses, cut = world.sum(sums)
+    return Judged(
+        num_responses=responses,
+        num_valid=count,
+        score=mean,
+        score_deviation=math.sqrt(squares / (count - 1)) if count > 1 else 0.0,
+        kl=kl / max(1.0, count),
+        entropy=entropy / max(1.0, tokens),
+        response_length=tokens / max(1.0, responses),
+        without_eos=cut / max(1.0, responses),
+    )
+
+
+def described(judged: Judged) -> dict[str, float]:
+    """The figures as they are logged."""
+    shown = {name: value for name, value in vars(judged).items() if not name.startswith("num_")}
+    return shown | {"unscored": judged.num_responses - judged.num_valid}
+
+
+def of_parts(found: Experience, names: Sequence[str], world: World) -> dict[str, float]:
+    """The mean score of each source, where there are several; a collective call."""
+    if len(names) < 2:
+        return {}
+    told = {}
+    for name in names:
+        part_S = found.parts.get(name, torch.zeros(0))
+        _, told[f"score_{name}"], _ = advantages.pooled(part_S[part_S.isfinite()], world)
+    return told
+
+
+def of_phases(found: Experience, num_learned: int, world: World) -> dict[str, float]:
+    """Tokens a second of rollout and update over all ranks, and the share of time of each phase.
+
+    Args:
+        found: with its phases.
+        num_learned: tokens that this rank's updates read.
+        world: all ranks; a collective call.
+    """
+    phases = found.phases
+    sampled = float(found.rollout.lengths_S.sum())
+    names = ("rollout", "logprobs", "waiting", "update")
+    seconds = [getattr(phases, name) for name in names]
+    tokens, learned, *sums = world.sum([sampled, float(num_learned), *seconds])
+    total, world_size = max(sum(sums), 1e-9), world.world_size
+    told = {f"share_{name}": each / total for name, each in zip(names, sums, strict=True)}
+    told["rollout_tokens_per_second"] = tokens * world_size / max(sums[0], 1e-9)
+    told["update_tokens_per_second"] = learned * world_size / max(sums[3], 1e-9)
+    return told
