@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Measured:
     step_rates: list[float]  # real tokens a second, step by step
     peak_mib: float  # resident, of the largest process
     wall: float  # of the whole process
+    step_tokens: list[int] = field(default_factory=list)  # where the figures have them
 
     @property
     def rate(self) -> float:
@@ -62,17 +63,30 @@ def ours(
 
 def peer(run: Mapping[str, Any], directory: Path, threads: int, python: str) -> Measured:
     """Train `run` with LLaMA-Factory, whose environment's interpreter is `python`."""
-    file = _write_run(run, directory, directory / "out")
-    figures = directory / "probe.jsonl"
     environ = {
-        "OMP_NUM_THREADS": str(threads),
-        "LLMRAY_PROBE_OUT": str(figures),
         "DISABLE_VERSION_CHECK": "1",
         "USE_RAY": "0",
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(directory / "hf"),
     }
-    peak, wall = _spawn([python, str(PROBE), str(file)], directory, environ)
+    return measure_steps([python, str(PROBE)], run, directory, threads, environ)
+
+
+def measure_steps(
+    words: Sequence[str],
+    run: Mapping[str, Any],
+    directory: Path,
+    threads: int,
+    environ: Mapping[str, str] | None = None,
+) -> Measured:
+    """Train `run` with a program that is given its file.
+
+    It writes a JSON object a step into the file that LLMRAY_PROBE_OUT names.
+    """
+    file = _write_run(run, directory, directory / "out")
+    figures = directory / "probe.jsonl"
+    own = {"OMP_NUM_THREADS": str(threads), "LLMRAY_PROBE_OUT": str(figures)}
+    peak, wall = _spawn([*words, str(file)], directory, {**own, **(environ or {})})
     steps = [json.loads(line) for line in figures.read_text().splitlines()]
     return Measured(
         seconds=sum(step["seconds"] for step in steps),
@@ -81,6 +95,7 @@ def peer(run: Mapping[str, Any], directory: Path, threads: int, python: str) -> 
         step_rates=[step["tokens"] / step["seconds"] for step in steps],
         peak_mib=peak,
         wall=wall,
+        step_tokens=[step["tokens"] for step in steps],
     )
 
 
