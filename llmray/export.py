@@ -7,6 +7,7 @@ the texts beside them.
 
 from __future__ import annotations
 
+import os
 import shutil
 import zlib
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmray import hub, model_card, store
+from llmray.arguments.environment import other_hub
 from llmray.arguments.model import ModelArguments
 from llmray.arguments.run import RunArguments
 from llmray.data import templates
@@ -61,6 +63,7 @@ def export(arguments: RunArguments) -> str:
             or what was written is not what was trained. Nothing is left behind then.
     """
     target = _target(arguments)
+    _require_result(arguments)
     model_args = _ordinary(arguments.model)
     model_dir = hub.resolve(model_args.model_name_or_path, model_args)
     folders = [
@@ -153,7 +156,13 @@ def _target(arguments: RunArguments) -> str:
     target = arguments.export.export_dir
     if target is None:
         raise ArgumentsError("export_dir is not given. Write export_dir: with a folder.")
-    if arguments.export.export_hub_model_id is not None and store.is_uri(target):
+    is_uploaded, other = arguments.export.export_hub_model_id is not None, other_hub(os.environ)
+    if is_uploaded and other is not None:
+        raise ArgumentsError(
+            f"export_hub_model_id with {other}: uploads go to Hugging Face's hub alone. Unset "
+            f"{other}, or upload {target} by that hub's own tool."
+        )
+    if is_uploaded and store.is_uri(target):
         raise ArgumentsError(
             f"export_dir={target} with export_hub_model_id: an upload is made from a folder of "
             "this machine. Write such a folder as export_dir."
@@ -174,6 +183,19 @@ def _target(arguments: RunArguments) -> str:
             "another folder, or empty it."
         )
     return target
+
+
+def _require_result(arguments: RunArguments) -> None:
+    """Raise where a training file has a result, and the model that it began with is named."""
+    output_dir, named = arguments.training.output_dir, arguments.model
+    if output_dir is None or named.adapter_name_or_path or named.model_name_or_path == output_dir:
+        return
+    for key, config in hub.CONFIGS.items():
+        if store.exists(store.join(output_dir, config)):
+            raise ArgumentsError(
+                f"the model that this file began with would be exported, while {output_dir} has "
+                f"what it trained. Write {hub.KEYS[key]}: {output_dir}, or remove output_dir."
+            )
 
 
 def _require_apart(target: str, inputs: list[Path]) -> None:

@@ -284,6 +284,19 @@ def test_a_place_is_needed(made):
         export.export(arguments_of(made, "x", export_dir=...))
 
 
+@pytest.mark.parametrize("key", ["adapter_name_or_path", "model_name_or_path"])
+def test_the_file_of_a_training_must_name_its_result(made, tmp_path, key):
+    base, adapter, _ = made["llama"]
+    result = {"adapter_name_or_path": adapter, "model_name_or_path": base}[key]
+    keys = {"adapter_name_or_path": ..., "output_dir": str(result)}
+    if key == "model_name_or_path":
+        keys["model_name_or_path"] = str(made["qwen3"][0])
+    with pytest.raises(ArgumentsError, match=f"has what it trained. Write {key}: {result}"):
+        export.export(arguments_of(made, tmp_path / "out", **keys))
+    named = {**keys, key: str(result)}
+    assert export.export(arguments_of(made, tmp_path / "out", **named))
+
+
 def test_adapters_that_change_nothing(made, tmp_path):
     base = made["llama"][0]
     folder = tmp_path / "adapter"
@@ -415,6 +428,12 @@ def test_an_upload_that_fails_leaves_the_folder(made, tmp_path, fake_hub, monkey
 def test_an_upload_is_of_a_local_folder(made):
     with pytest.raises(ArgumentsError, match="folder of this machine"):
         export.export(arguments_of(made, "s3://b/x", export_hub_model_id="org/name"))
+
+
+def test_uploads_go_to_one_hub(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+    with pytest.raises(ArgumentsError, match="Unset USE_MODELSCOPE_HUB"):
+        export.export(arguments_of(made, tmp_path / "out", export_hub_model_id="org/name"))
 
 
 def test_a_uri(made, tmp_path):
