@@ -82,6 +82,11 @@ class Core:
         """How reading runs ahead, by the keys of the data loader."""
         return reading_ahead(self.arguments, self.context.world.device)
 
+    @property
+    def ranks(self) -> bool:
+        """Whether the run is about rewards of pairs."""
+        return STAGES[self.arguments.finetuning.stage].scores
+
     def predictor(self, stop: Callable[[], str | None]) -> Predictor:
         """What generates responses to the evaluation rows."""
         arguments = self.arguments

@@ -17,48 +17,22 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from llmray import __version__
 from llmray.errors import ArgumentsError, LlmrayError
+from llmray.usage import (
+    CHAT_HELP,
+    CHECK_HELP,
+    COMPLETION_HELP,
+    EXPORT_HELP,
+    PLOT_HELP,
+    RENDER_HELP,
+    RUN_FILE_HELP,
+    SCORE_HELP,
+    SERVER_HELP,
+)
 
 if TYPE_CHECKING:
     from llmray.arguments.run import RunArguments
 
 log = logging.getLogger("llmray")
-
-RUN_FILE_HELP = """
-RUN.yaml is a flat YAML or JSON file with LLaMA-Factory's keys. Words after it
-override it: key=value or --key value. Without a file the words are the run."""
-
-PLOT_HELP = """
-DIR is the output_dir of a run, local or a URI; while a run on Ray goes on, its
-log is in <ray_storage_path>/<ray_run_name>. --key names what trainer_log.jsonl
-logs, loss by default. --out names the picture, .png, .svg or .pdf; by default
-it is runs_<key>.png in the current folder."""
-CHECK_HELP = """
-
-  --explain KEY  what a key means, what it is in this run, where that came from and what follows
-                 from it; without a run file, what it means alone"""
-CHAT_HELP = """
-
-Answers stream. /clear forgets the conversation, /system TEXT begins one with that
-system message (default_system is the run's), /exit or Ctrl-D ends, Ctrl-C stops
-an answer. A pipe works too: each line is a message.
-adapter_name_or_path=DIR asks what a run has trained."""
-EXPORT_HELP = """
-
-A training file will do: export_dir=DIR adapter_name_or_path=OUTPUT_DIR. What is
-written is loaded again and compared before DIR gets its name."""
-RENDER_HELP = """
-
-  --rows N  how many rows (3)
-  --eval    rows to evaluate on instead of rows to train on
-  --ids     one token a line, with its place and id
-  --json    one object a row: text, input_ids, labels (-100 where nothing is learned), source, cuts
-
-Targets stand in brackets, or in colour on a terminal; what cutoff_len took out is said in place."""
-
-COMPLETION_HELP = """
-  bash  source <(llmray completion bash), in ~/.bashrc for good
-  zsh   source <(llmray completion zsh), in ~/.zshrc after compinit
-  fish  llmray completion fish > ~/.config/fish/completions/llmray.fish"""
 
 
 class Command(NamedTuple):
@@ -251,6 +225,44 @@ def render(words: list[str]) -> int:
     return rows.render(arguments, rows.Options(options.rows, table, options.ids, options.json))
 
 
+def score(words: list[str]) -> int:
+    """Write the rewards of a data set, or of lines of JSON, by the run's reward model."""
+    _speak()
+    parser = argparse.ArgumentParser(prog="llmray score", add_help=False, allow_abbrev=False)
+    parser.add_argument("--input")
+    parser.add_argument("--eval", action="store_true")
+    options, rest = parser.parse_known_args(words)
+    arguments = _with_absolute_paths(_load(rest))
+    from llmray import scoring
+
+    table = "eval" if options.eval else "train"
+    return scoring.score(arguments, scoring.Options(table, options.input))
+
+
+def reward_server(words: list[str]) -> int:
+    """Answer requests for rewards over HTTP, by the run's reward model."""
+    _speak()
+    parser = argparse.ArgumentParser(
+        prog="llmray reward-server", add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--token-file", type=Path)
+    options, rest = parser.parse_known_args(words)
+    arguments = _with_absolute_paths(_load(rest))
+    from llmray import serve
+    from llmray.arguments import environment
+
+    host, port, token = environment.api(os.environ)
+    serve.require_packages()
+    from llmray.serve import reward_server as server
+
+    if options.token_file is not None:
+        token = server.read_token(options.token_file)
+    chosen_port = port if options.port is None else options.port
+    return server.serve(arguments, server.Options(options.host or host, chosen_port, token))
+
+
 def args(words: list[str]) -> int:
     """Print every key, the keys that are named, or the JSON schema."""
     parser = argparse.ArgumentParser(prog="llmray args", description=args.__doc__)
@@ -338,6 +350,18 @@ COMMANDS: dict[str, Command] = {
         "render [RUN.yaml] [key=value | --key value ...] [--rows N] [--eval] [--ids] [--json]",
         "rows as the model will see them, with what is learned of them; loads no weights",
         RUN_FILE_HELP + RENDER_HELP,
+    ),
+    "score": Command(
+        score,
+        "score [RUN.yaml] [key=value | --key value ...] [--input FILE] [--eval]",
+        "rewards of a data set, or of lines of JSON, by a reward model",
+        RUN_FILE_HELP + SCORE_HELP,
+    ),
+    "reward-server": Command(
+        reward_server,
+        "reward-server [RUN.yaml] [key=value ...] [--host H] [--port P] [--token-file F]",
+        "answer requests for rewards over HTTP, in LLaMA-Factory's form",
+        RUN_FILE_HELP + SERVER_HELP,
     ),
     "args": Command(
         args,

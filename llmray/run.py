@@ -23,7 +23,7 @@ from llmray.data import prepared
 from llmray.data.prepared import PreparedRef
 from llmray.data.streaming import Stream
 from llmray.errors import CheckpointError
-from llmray.evaluation import evaluate_rows, predict_rows
+from llmray.evaluation import draw_ranking, evaluate_rows, predict_rows
 from llmray.model import tuning
 from llmray.train import checkpoint, device_memory
 from llmray.train.artefacts import Artefacts
@@ -118,6 +118,8 @@ def _train(
         log.info("stopped early after step %d: %s", training.progress.step, outcome.finished)
     metrics = _finish(training, outcome, files, start, time.perf_counter() - started)
     stopped = outcome.stopped
+    if stopped is None:
+        draw_ranking(core, files)
     if stopped is None and arguments.training.do_predict:
         stopped = predict_rows(core, files, metrics)
     for observer in observers:
@@ -146,6 +148,7 @@ def _evaluate_alone(
             time.perf_counter() - started,
             ", ".join(f"{name} {value:.6g}" for name, value in evals.items()),
         )
+    draw_ranking(core, files)
     stopped = predict_rows(core, files, metrics) if arguments.training.do_predict else None
     for observer in observers:
         observer.on_end(metrics)

@@ -215,6 +215,17 @@ def project_in_wandb(look: Look) -> object:
     return asked
 
 
+def served(look: Look) -> object:
+    """Where the reward server listens, and the token that it asks for."""
+    from llmray.serve import reward_server
+
+    found: list[object] = []
+    look.patch.setattr(reward_server, "serve", lambda run, made: found.append(made) or 0)
+    look.said("reward-server", "model_name_or_path=m")
+    [options] = found
+    return options
+
+
 SEEN: dict[str, tuple[str | None, str | None, Callable[[Look], object]]] = {
     "RECORD_VRAM": (None, "1", recorded),
     "USE_RAY": ("0", "1", enabled),
@@ -240,6 +251,9 @@ SEEN: dict[str, tuple[str | None, str | None, Callable[[Look], object]]] = {
     "FORCE_CHECK_IMPORTS": (None, "1", model_with_code),
     "USE_MODELSCOPE_HUB": (None, "1", from_hub),
     "USE_OPENMIND_HUB": (None, "1", from_hub),
+    "API_HOST": (None, "127.0.0.9", served),
+    "API_PORT": (None, "8001", served),
+    "API_KEY": (None, "a token", served),
 }
 
 

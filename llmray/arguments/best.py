@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 SCORES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4", "exact_match")  # of generated responses
 
+RANKING = ("accuracy", "margin", "reward_chosen", "reward_rejected")  # of stage rm
+
 
 def compares_evaluations(arguments: RunArguments) -> bool:
     """Whether something in the run follows from which evaluation is the best."""
@@ -44,7 +46,9 @@ def best_metric(arguments: RunArguments) -> tuple[str, bool]:
 def evaluation_metrics(arguments: RunArguments) -> tuple[str, ...]:
     """The metrics of an evaluation of this run that say how good the model is."""
     kinds = ["loss"]
-    if arguments.finetuning.compute_accuracy:
+    if arguments.finetuning.stage == "rm":
+        kinds += RANKING
+    elif arguments.finetuning.compute_accuracy:
         kinds.append("accuracy")
     if arguments.training.predict_with_generate:
         kinds += SCORES

@@ -43,7 +43,8 @@ _REMOVE = "Remove it, or set it to its default."
 NOT_BUILT: dict[str, Gap] = {
     # stages and methods
     "stage": Gap(
-        "Of the stages only pt and sft are built yet. Use one of these.", only("pt", "sft")
+        "Of the stages only pt, sft and rm are built yet. Use one of these.",
+        only("pt", "sft", "rm"),
     ),
     "finetuning_type": Gap(
         "Orthogonal fine-tuning is not built yet. Use lora, freeze or full.",
@@ -455,8 +456,8 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
     ),
     Combination(
         ("load_best_model_at_end", "stage"),
-        lambda flat: flat["load_best_model_at_end"] and flat["stage"] in ("rm", "ppo"),
-        "The best of stages rm and ppo is not built yet. Remove load_best_model_at_end.",
+        lambda flat: flat["load_best_model_at_end"] and flat["stage"] == "ppo",
+        "The best of stage ppo is not built yet. Remove load_best_model_at_end.",
     ),
 )
 

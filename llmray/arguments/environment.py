@@ -59,6 +59,12 @@ VARIABLES: dict[str, Variable] = {
     "USE_OPENMIND_HUB": Variable(
         "flag", "Models come from Modelers, sets of data where they are there."
     ),
+    "API_HOST": Variable("text", "Address of the reward server, where --host is not given."),
+    "API_PORT": Variable("count", "Port of the reward server, where --port is not given."),
+    "API_KEY": Variable(
+        "text",
+        "Token that callers of the reward server must bring, where --token-file is not given.",
+    ),
     "WANDB_DISABLED": Variable("flag", "Leave wandb out of the trackers."),
     "WANDB_PROJECT": Variable("text", "Project in wandb; goes before the key project."),
 }
@@ -116,6 +122,16 @@ def compiles_on_npu(environ: Mapping[str, str]) -> bool:
 def imports_checked(environ: Mapping[str, str]) -> bool:
     """Whether model code from a hub needs every package that it names."""
     return bool(flag(environ, "FORCE_CHECK_IMPORTS"))
+
+
+def api(environ: Mapping[str, str]) -> tuple[str, int, str | None]:
+    """Address, port and token of the reward server; other machines reach it where that is said.
+
+    Raises:
+        ArgumentsError: if API_PORT is no number.
+    """
+    host = _text(environ, "API_HOST") or "127.0.0.1"
+    return host, count(environ, "API_PORT", 8000, least=0), _text(environ, "API_KEY")
 
 
 def other_hub(environ: Mapping[str, str]) -> str | None:

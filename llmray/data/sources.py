@@ -95,6 +95,21 @@ def open_sets(
     return sets
 
 
+def kind_of(name: str, dataset_dir: str | Mapping[str, Any]) -> Kind:
+    """What the rows of a set hold, as its entry says: pairs, judged answers, or responses.
+
+    Raises:
+        DataError: the entries cannot be read.
+    """
+    entry = _info([name], dataset_dir).entries.get(name)
+    if not isinstance(entry, Mapping):
+        return "responses"  # what is wrong with it is said where it is opened
+    if entry.get("ranking"):
+        return "pair"
+    columns = entry.get("columns")
+    return "judged" if isinstance(columns, Mapping) and "kto_tag" in columns else "responses"
+
+
 def fetched(sets: Iterable[DataSet]) -> list[DataSet]:
     """The sets with all their files here.
 

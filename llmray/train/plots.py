@@ -81,17 +81,17 @@ def file_name(key: str, prefix: str = "training") -> str:
 
 def draw_curve(points: Points, key: str, path: Path) -> None:
     """Write a picture of (step, value) points: the values and their smoothing."""
-    figure, axes = _figure(key)
+    made, axes = figure("step", key)
     steps, values = zip(*points, strict=True)
     axes.plot(steps, values, color=RAW, linewidth=1.2, label=_plain(key), marker=".", markersize=3)
     axes.plot(steps, smooth(values), color=SMOOTHED, linewidth=2, label="smoothed")
     axes.legend()
-    _save(figure, path)
+    save(made, path)
 
 
 def draw_runs(curves: Mapping[str, Points], key: str, path: Path) -> None:
     """Write a picture of one key of several runs, by name: thin values, thick smoothed curves."""
-    figure, axes = _figure(key)
+    made, axes = figure("step", key)
     for number, (name, points) in enumerate(curves.items()):
         colour = RUN_COLOURS[number % len(RUN_COLOURS)]
         line = RUN_LINES[number // len(RUN_COLOURS) % len(RUN_LINES)]
@@ -100,7 +100,7 @@ def draw_runs(curves: Mapping[str, Points], key: str, path: Path) -> None:
         axes.plot(steps, smooth(values), line, color=colour, linewidth=2, label=_plain(name))
     outside = len(curves) > 8
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5)) if outside else axes.legend()
-    _save(figure, path)
+    save(made, path)
 
 
 def smooth(values: Sequence[float], weight: float | None = None) -> list[float]:
@@ -170,7 +170,7 @@ def _no_key(place: str, key: str, logged: Sequence[str]) -> str:
 
 
 def _is_evaluation(key: str) -> bool:
-    return key.startswith("eval_") and key.endswith(("_loss", "_accuracy"))
+    return key.startswith("eval_") and key.endswith(("_loss", "_accuracy", "_margin"))
 
 
 def _names(places: Sequence[str]) -> list[str]:
@@ -187,18 +187,24 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$") if not text.startswith("_") else f" {_plain(text[1:])}"
 
 
-def _figure(key: str) -> tuple[Any, Any]:
+def figure(x_label: str, y_label: str) -> tuple[Any, Any]:
+    """An empty picture, matplotlib's figure and its axes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xlabel("step")
-    axes.set_ylabel(_plain(key))
+    made = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = made.subplots()
+    axes.set_xlabel(_plain(x_label))
+    axes.set_ylabel(_plain(y_label))
     axes.grid(alpha=0.3)
-    return figure, axes
+    return made, axes
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a picture in the format that its name ends with.
+
+    Raises:
+        ArgumentsError: there is no such format.
+    """
     kinds = figure.canvas.get_supported_filetypes()
     kind = path.suffix.lstrip(".").lower()
     if kind not in kinds:

@@ -63,7 +63,7 @@ predict_with_generate eval_num_beams generation_max_length generation_num_beams
 
 # Keys of which some values work.
 PARTLY = {
-    "stage": (["pt", "sft"], ["rm", "ppo", "dpo", "kto"]),
+    "stage": (["pt", "sft", "rm"], ["ppo", "dpo", "kto"]),
     "finetuning_type": (["full", "freeze", "lora"], ["oft"]),
     "optim": (
         ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"],
@@ -186,7 +186,7 @@ COMBINED = {
     ("use_asft_loss", "finetuning_type"): {"use_asft_loss": True},
     ("reward_model_type", "finetuning_type"): {"stage": "ppo", "finetuning_type": "full"},
     ("streaming", "stage"): {"streaming": True, "stage": "kto"},
-    ("load_best_model_at_end", "stage"): {"load_best_model_at_end": True, "stage": "rm"},
+    ("load_best_model_at_end", "stage"): {"load_best_model_at_end": True, "stage": "ppo"},
 }
 
 

@@ -25,13 +25,13 @@ def write_log(directory: Path, records: list[dict[str, float]]) -> Path:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Every figure that is saved."""
     saved: list[Figure] = []
-    save = plots._save
+    save = plots.save
 
     def note(figure: Figure, path: Path) -> None:
         saved.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", note)
+    monkeypatch.setattr(plots, "save", note)
     return saved
 
 
