@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from llmray.arguments.group import Field, Float, Group, Int, Names, as_number
+from llmray.arguments.group import Field, Float, Group, Int, Names, Numbers, as_number
 
 Bits = Annotated[Literal[4, 8], BeforeValidator(as_number)]
 
@@ -95,7 +95,8 @@ class RlhfArguments(Group):
     )
     advantage_estimator: Literal["gae", "grpo"] = Field(
         "gae",
-        description="Gae reads a value head; grpo compares the responses to a prompt, without one.",
+        description="Whether a response is compared with what a value head expects (gae), or with "
+        "the others to its prompt (grpo).",
     )
     ref_model: str | None = Field(
         None,
@@ -106,7 +107,12 @@ class RlhfArguments(Group):
         None, description="Bits per weight of the reference model."
     )
     reward_model: str | None = Field(
-        None, description="Reward model of ppo: a model, an adapter, or a server's address."
+        None,
+        description="Reward of ppo: a model, an adapter, a server's address, or a function "
+        "`module:function`; several with commas are added.",
+    )
+    reward_weights: Numbers = Field(
+        (), description="Weight of each reward in reward_model; none weighs all by 1."
     )
     reward_model_adapters: Names = Field((), description="Adapters merged into the reward model.")
     reward_model_quantization_bit: Bits | None = Field(
@@ -117,3 +123,45 @@ class RlhfArguments(Group):
         description="What reward_model names: an adapter of the policy's model, a whole model, or "
         "a server.",
     )
+    reward_timeout_s: Float = Field(
+        600.0, gt=0, description="Seconds to wait for a reward model where all are gone."
+    )
+    reward_request_timeout_s: Float = Field(
+        120.0, gt=0, description="Seconds without an answer after which a reward model hangs."
+    )
+    reward_error: Literal["fail", "mask", "value"] = Field(
+        "fail",
+        description="What becomes of a response that gets no score: the run fails, it is left out, "
+        "or it gets reward_error_value.",
+    )
+    reward_error_value: Float = Field(
+        0.0, description="Score of such a response where reward_error is value."
+    )
+    reward_batching: Literal["arrival", "fixed"] = Field(
+        "arrival",
+        description="Whether responses are scored together as they come, or as rank and number "
+        "say, which gives the same scores to the bit at a resume.",
+    )
+    reward_batch_tokens: Int = Field(
+        8192, ge=1, description="Most tokens that a reward model scores at one time."
+    )
+    reward_num_retries: Int = Field(
+        4, ge=0, description="Further attempts where a reward server is busy or not there."
+    )
+    reward_num_requests: Int = Field(
+        8, ge=1, description="Requests to a reward server at one time, of each process."
+    )
+    ppo_rollout_batch_size: Int | None = Field(
+        None,
+        ge=1,
+        description="Responses sampled side by side. Not given: four times "
+        "per_device_train_batch_size.",
+    )
+    rollout_log_steps: Int = Field(
+        10, ge=1, description="Steps between samples of responses in rollouts.jsonl."
+    )
+
+    @property
+    def reward_models(self) -> tuple[str, ...]:
+        """The names in `reward_model`, one for each reward that is added."""
+        return tuple(name.strip() for name in (self.reward_model or "").split(",") if name.strip())

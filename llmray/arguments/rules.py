@@ -14,6 +14,7 @@ from llmray.arguments.best import BEST_RULES
 from llmray.arguments.derived import DERIVED_RULES
 from llmray.arguments.method_rules import METHOD_RULES, Rule
 from llmray.arguments.problems import Problem, given, shown
+from llmray.arguments.reward_rules import REWARD_RULES
 from llmray.arguments.settings import SETTINGS_RULES
 from llmray.arguments.template_rules import TEMPLATE_RULES
 from llmray.arguments.tracking import OTHER_TRACKERS, TRACKERS, TrackingArguments
@@ -445,6 +446,7 @@ RULES: tuple[Rule, ...] = (
     the_cpu_is_no_gpu,
     resources_are_amounts,
     *METHOD_RULES,
+    *REWARD_RULES,
     *SETTINGS_RULES,
     *DERIVED_RULES,
     *BEST_RULES,

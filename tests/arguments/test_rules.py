@@ -176,6 +176,52 @@ CASES = {
         ({"stage": "ppo", "do_train": True}, {"reward_model": "r"}, "reward_model"),
         ({"stage": "ppo", "reward_model": "r"}, {"do_train": True}, "do_train"),
     ],
+    "groups_have_samples": [
+        ({"advantage_estimator": "grpo"}, {"ppo_num_samples": 2}, "ppo_num_samples=1"),
+        ({"advantage_estimator": "grpo"}, {"advantage_estimator": "gae"}, "grpo"),
+    ],
+    "groups_have_no_values": [
+        ({"advantage_estimator": "grpo", key: value}, {"advantage_estimator": "gae"}, f"{key}=")
+        for key, value in {
+            "ppo_value_coef": 0.5,
+            "ppo_value_clip_range": 0.5,
+            "ppo_gamma": 0.5,
+            "ppo_lambda": 0.5,
+            "ppo_whiten_rewards": True,
+            "ppo_score_norm": True,
+        }.items()
+    ],
+    "divergence_as_a_loss_has_a_gradient": [
+        (
+            {"advantage_estimator": "grpo", "ppo_kl_estimator": "k1"},
+            {"ppo_kl_estimator": "k3"},
+            "leaves k3",
+        )
+    ],
+    "fixed_weights_follow_nothing": [
+        ({"ppo_kl_control": "fixed", "ppo_target": 3.0}, {"ppo_target": 6.0}, "ppo_target=3"),
+        (
+            {"ppo_kl_control": "fixed", "ppo_kl_horizon": 3.0},
+            {"ppo_kl_control": "adaptive"},
+            "ppo_kl_horizon=3",
+        ),
+    ],
+    "rollouts_are_drawn": [
+        ({"stage": "ppo", "do_sample": False}, {"do_sample": True}, "do_sample=false"),
+        ({"stage": "ppo", "temperature": 0}, {"temperature": 1}, "temperature=0"),
+        ({"stage": "ppo", "num_beams": 2}, {"num_beams": 1}, "num_beams=2"),
+        ({"stage": "ppo", "num_beams": 2}, {"stage": "sft"}, "num_beams=2"),
+    ],
+    "every_reward_has_a_weight": [
+        (
+            {"reward_model": "a, b", "reward_weights": "1,2,3"},
+            {"reward_weights": [1, 2]},
+            "3 weights for 2 rewards",
+        )
+    ],
+    "a_value_is_used": [
+        ({"reward_error_value": -1}, {"reward_error": "value"}, "reward_error=fail"),
+    ],
     "smoothing_of_sigmoid": [
         ({"dpo_label_smoothing": 0.1, "pref_loss": "ipo"}, {"pref_loss": "sigmoid"}, "ipo")
     ],

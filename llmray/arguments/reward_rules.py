@@ -1,0 +1,128 @@
+"""Rules between keys of training by reward: what an algorithm reads, what a reward needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from llmray.arguments.problems import Problem, given
+
+if TYPE_CHECKING:
+    from llmray.arguments.run import RunArguments
+
+Rule = Callable[["RunArguments"], Iterator[Problem]]
+
+# keys of the value head and of token rewards, which grpo has not
+OF_GAE = (
+    *("ppo_value_coef", "ppo_value_clip_range", "ppo_gamma", "ppo_lambda"),
+    *("ppo_whiten_rewards", "ppo_score_norm"),
+)
+OF_ADAPTIVE = ("ppo_target", "ppo_kl_horizon")
+
+
+def _is_default(arguments: RunArguments, key: str) -> bool:
+    field = type(arguments.rlhf).model_fields[key]
+    return bool(getattr(arguments.rlhf, key) == field.default)
+
+
+def groups_have_samples(arguments: RunArguments) -> Iterator[Problem]:
+    """Responses are compared with others to their prompt."""
+    rlhf = arguments.rlhf
+    if rlhf.advantage_estimator == "grpo" and rlhf.ppo_num_samples < 2:
+        yield Problem(
+            ("advantage_estimator", "ppo_num_samples"),
+            f"advantage_estimator=grpo with ppo_num_samples={rlhf.ppo_num_samples}: responses to "
+            "one prompt are compared. Write ppo_num_samples: 4, or another number from 2 on.",
+        )
+
+
+def groups_have_no_values(arguments: RunArguments) -> Iterator[Problem]:
+    """The critic-free estimator reads no key of the value head."""
+    if arguments.rlhf.advantage_estimator != "grpo":
+        return
+    for key in OF_GAE:
+        if not _is_default(arguments, key):
+            yield Problem(
+                (key, "advantage_estimator"),
+                f"{given(key, getattr(arguments.rlhf, key))} with advantage_estimator=grpo, which "
+                f"reads values and token rewards nowhere. Remove {key}, or write "
+                "advantage_estimator: gae.",
+            )
+
+
+def divergence_as_a_loss_has_a_gradient(arguments: RunArguments) -> Iterator[Problem]:
+    """With grpo the divergence is a loss, and the gradient of k1 is 0 on average."""
+    rlhf = arguments.rlhf
+    if rlhf.advantage_estimator == "grpo" and rlhf.ppo_kl_estimator == "k1":
+        yield Problem(
+            ("ppo_kl_estimator", "advantage_estimator"),
+            "ppo_kl_estimator=k1 with advantage_estimator=grpo: there the divergence is a loss, "
+            "and on average the gradient of k1 is 0. Remove ppo_kl_estimator, which leaves k3.",
+        )
+
+
+def fixed_weights_follow_nothing(arguments: RunArguments) -> Iterator[Problem]:
+    """A weight of the divergence that stays has no target."""
+    if arguments.rlhf.ppo_kl_control != "fixed":
+        return
+    for key in OF_ADAPTIVE:
+        if not _is_default(arguments, key):
+            yield Problem(
+                (key, "ppo_kl_control"),
+                f"{given(key, getattr(arguments.rlhf, key))} with ppo_kl_control=fixed, which "
+                f"follows nothing. Remove {key}, or write ppo_kl_control: adaptive.",
+            )
+
+
+def rollouts_are_drawn(arguments: RunArguments) -> Iterator[Problem]:
+    """A policy explores by drawing, one response at a time."""
+    generating = arguments.generating
+    if arguments.finetuning.stage != "ppo":
+        return
+    if not generating.do_sample or generating.temperature == 0:
+        yield Problem(
+            ("stage", "do_sample", "temperature"),
+            f"stage=ppo with {given('do_sample', generating.do_sample)} and temperature="
+            f"{generating.temperature}: what is always the same teaches nothing. Write do_sample: "
+            "true and temperature: 1.0.",
+        )
+    if generating.num_beams > 1:
+        yield Problem(
+            ("stage", "num_beams"),
+            f"stage=ppo with num_beams={generating.num_beams}: beams are no draws of the policy. "
+            "Remove num_beams.",
+        )
+
+
+def every_reward_has_a_weight(arguments: RunArguments) -> Iterator[Problem]:
+    """Rewards that are added have a weight each."""
+    rlhf = arguments.rlhf
+    weights, names = rlhf.reward_weights, rlhf.reward_models
+    if weights and len(weights) != len(names):
+        yield Problem(
+            ("reward_weights", "reward_model"),
+            f"{given('reward_weights', list(weights))} are {len(weights)} weights for {len(names)} "
+            "rewards in reward_model. Write one for each, or none, which weighs all by 1.",
+        )
+
+
+def a_value_is_used(arguments: RunArguments) -> Iterator[Problem]:
+    """The score of answers that get none is for where they get it."""
+    rlhf = arguments.rlhf
+    if rlhf.reward_error_value != 0 and rlhf.reward_error != "value":
+        yield Problem(
+            ("reward_error_value", "reward_error"),
+            f"reward_error_value={rlhf.reward_error_value} with reward_error={rlhf.reward_error}: "
+            "nothing gets it. Write reward_error: value, or remove it.",
+        )
+
+
+REWARD_RULES: tuple[Rule, ...] = (
+    groups_have_samples,
+    groups_have_no_values,
+    divergence_as_a_loss_has_a_gradient,
+    fixed_weights_follow_nothing,
+    rollouts_are_drawn,
+    every_reward_has_a_weight,
+    a_value_is_used,
+)

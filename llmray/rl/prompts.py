@@ -1,0 +1,57 @@
+"""The prompts of each step: rows of a table of prompts, planned and dealt as other rows are."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmray.data.batches import Batches
+from llmray.data.shards import Table
+from llmray.errors import DataError
+from llmray.rl.rollout import Prompt
+
+
+class PromptReader:
+    """This rank's prompts of each step, and its position in them.
+
+    Args:
+        table: rows of the features `prompt`: a prompt, then the data set's response as target.
+        batches: the plan; Resumable. Its step is a rollout batch: `accumulation` is that of an
+            update times `ppo_buffer_size`.
+    """
+
+    def __init__(self, table: Table, batches: Batches) -> None:
+        self._table = table
+        self.batches = batches
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch."""
+        return self._table.num_rows
+
+    def __call__(self, step: int) -> list[Prompt]:
+        """The prompts of step number `step`, counted from 0 over all epochs.
+
+        Raises:
+            DataError: a row has no prompt.
+        """
+        parts = self.batches.step(*divmod(step, self.batches.steps_per_epoch))
+        return [self._prompt(int(row)) for row in np.concatenate(parts)]
+
+    def all(self, rank: int, world_size: int) -> list[Prompt]:
+        """A rank's share of all prompts, to evaluate on."""
+        return [self._prompt(row) for row in range(rank, len(self._table), world_size)]
+
+    def close(self) -> None:
+        """Nothing runs ahead."""
+
+    def _prompt(self, row: int) -> Prompt:
+        [sample] = self._table.samples(row)
+        targets = np.flatnonzero(sample.target_mask)
+        start = int(targets[0]) if len(targets) else len(sample.input_ids)
+        if not start:
+            raise DataError(
+                f"row {row} of the data set, counted from 0, has no prompt. Stage ppo answers "
+                "prompts: take the row out, or give it one."
+            )
+        ids = sample.input_ids.tolist()
+        return Prompt(ids[:start], row, ids[start:])

@@ -1,0 +1,140 @@
+"""What is seen of rollouts: prompts of a table, lines of samples, held-out prompts, scorers."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from toy_policy import CPU, SAMPLING, collector, policy, ppo, prompts, rewards
+
+from llmray.data.batches import Batches
+from llmray.data.shards import Sample
+from llmray.errors import DataError, RewardError
+from llmray.rl.handles import Answer
+from llmray.rl.held_out import judge
+from llmray.rl.prompts import PromptReader
+from llmray.rl.reward_model import ModelReward
+from llmray.rl.rollout import Plan
+from llmray.rl.rollout_log import RolloutLog
+
+
+class Table:
+    """Rows of a prompt of some length with a response of two tokens."""
+
+    def __init__(self, lengths):
+        self.rows = [np.arange(3, 3 + n + 2, dtype=np.int32) for n in lengths]
+        self.prompt_lens = lengths
+        self.lengths = np.array([len(row) for row in self.rows], np.int32)
+        self.num_rows = len(lengths)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def samples(self, index):
+        row = self.rows[index]
+        return [Sample(row, np.arange(len(row)) >= self.prompt_lens[index])]
+
+
+def reader(lengths, per_device=2, world_size=1, rank=0):
+    table = Table(lengths)
+    batches = Batches(table.lengths, per_device, 2, world_size, rank, seed=0, order="random")
+    return PromptReader(table, batches)
+
+
+def test_prompts_of_a_step_over_ranks():
+    """Ten rows, four a step: three steps see each row once, on one rank as on two."""
+    lengths = [3, 5, 2, 7, 4, 6, 1, 8, 2, 3]
+    alone = reader(lengths)
+    pair = [reader(lengths, per_device=1, world_size=2, rank=rank) for rank in (0, 1)]
+    for step in range(5):
+        whole = {(p.row, tuple(p.ids), tuple(p.label)) for p in alone(step)}
+        parts = [(p.row, tuple(p.ids), tuple(p.label)) for of in pair for p in of(step)]
+        assert len(parts) == len(whole)
+        assert set(parts) == whole
+        assert all(len(ids) == lengths[row] and len(label) == 2 for row, ids, label in whole)
+    rows = [prompt.row for step in range(3) for prompt in alone(step)]
+    assert sorted(rows) == list(range(10))
+    position = alone.batches.state_dict()
+    assert (position["epoch"], position["step"]) == (1, 0)
+    assert [p.row for p in alone.all(1, 3)] == [1, 4, 7]
+
+
+def test_a_row_without_a_prompt_is_named():
+    with pytest.raises(DataError, match="row 1 of the data set, counted from 0, has no prompt"):
+        reader([3, 0]).all(0, 1)
+
+
+def test_samples_of_rollouts_are_written_every_so_often(tmp_path):
+    def partly(asked, responses):
+        return [math.nan] + [float(len(response)) for response in responses[1:]]
+
+    sources = [rewards(partly, on_error="mask", max_attempts=1), rewards(name="share", weight=0.0)]
+    sources[0] = type(sources[0])("length", 1.0, sources[0].pool)
+    of = ppo(policy(), sources)
+    of.show = RolloutLog(tmp_path, every=2)
+    for step in range(3):
+        of(step)
+    lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1] * 8 + [3] * 8
+    first = lines[0]
+    assert set(first) == {
+        *("step", "id", "prompt", "response", "score", "kl", "tokens", "ended", "parts"),
+    }
+    assert first["id"] == "ppo-0-0-0"
+    scored = [line for line in lines if line["score"] is not None]
+    assert all(line["score"] == len(line["response"]) for line in scored)
+    assert all(set(line["parts"]) == {"length", "share"} for line in lines)
+
+
+def test_held_out_prompts_are_judged_alike_at_every_evaluation():
+    engine = policy()
+    held = collector(engine, [rewards()], Plan(SAMPLING, name="eval"))
+    tables = {"eval": prompts(12), "eval_other": prompts(5, seed=3)}
+    found = judge(held, tables, "k1", CPU)
+    assert found == judge(held, tables, "k1", CPU)
+    assert set(found) == {
+        f"{table}_{name}"
+        for table in tables
+        for name in ("score", "score_deviation", "kl", "response_length", "without_eos")
+    }
+    assert found["eval_kl"] == pytest.approx(0.0, abs=1e-5)
+    before = torch.cat([p.flatten() for p in engine.model.parameters()]).clone()
+    of = ppo(engine, [rewards()])
+    for step in range(6):
+        of(step)
+    after = judge(held, tables, "k1", CPU)
+    assert after["eval_score"] > found["eval_score"]
+    assert after["eval_kl"] > 1e-3
+    assert not torch.equal(before, torch.cat([p.flatten() for p in engine.model.parameters()]))
+
+
+def test_held_out_prompts_without_any_score():
+    held = collector(
+        policy(), [rewards(lambda p, r: [math.nan] * len(r), on_error="mask", max_attempts=1)]
+    )
+    with pytest.raises(RewardError, match="none of the 4 responses to eval has a score"):
+        judge(held, {"eval": prompts(4)}, "k1", CPU)
+
+
+class Encoded:
+    def __init__(self, ids):
+        self.ids = np.array(ids, np.int32)
+
+
+class Words:
+    """A scorer whose tokens are words and whose reward is their number."""
+
+    def encode(self, texts):
+        return [Encoded(range(len(text.split()))) for text in texts]
+
+    def run(self, sequences):
+        return [float(len(ids)) for ids in sequences]
+
+
+def test_a_reward_model_reads_whole_texts():
+    of = ModelReward(Words())
+    asked = [Answer("0", "p", "r", "<s> p r </s>"), Answer("1", "p", "", "p")]
+    assert of.score(asked) == [4.0, 1.0]
+    with pytest.raises(RewardError, match="answer 2 has no token"):
+        of.score([*asked, Answer("2", "", "", "")])
