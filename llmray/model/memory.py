@@ -1,24 +1,492 @@
-"""Bytes that a worker needs, from a model's configuration alone; no torch, no weights."""
+"""Bytes that a worker needs, from arguments, a configuration and headers alone; no torch.
+
+    estimate(arguments, decoder(read_config(folder)), shapes(folder), Situation(...))
+
+What autograd keeps of a layer is counted term by term, as transformers' decoders compute it and as
+`attention`, `head` and peft add to it. `docs/memory.md` has the measured table.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from llmray.arguments.finetuning import FinetuningArguments
+from llmray.arguments.run import RunArguments
+from llmray.model.architecture import (
+    Decoder,
+    Shapes,
+    count,
+    decoder,
+    is_expert,
+    is_linear,
+    layer_of,
+    module_of,
+    read_config,
+    shapes,
+    shapes_of,
+)
+
+CHUNK = {"cpu": 96 << 20, "cuda": 512 << 20}  # logits that the loss holds at once, in bytes
+ERROR = 0.15  # of the peak, by which an estimate may be wrong
+
+# optimizer -> bytes of its state and bytes beside it while it updates, per value that trains; None:
+# as many as the value has. What is not here keeps two moments.
+STATES: dict[str, tuple[float | None, float | None]] = {
+    "adamw_torch": (None, None),
+    "adamw_torch_fused": (None, 0),
+    "adamw_bnb_8bit": (2.1, 0),
+    "adamw_8bit": (2.1, 0),
+    "paged_adamw_8bit": (2.1, 0),
+    "lion_8bit": (1.05, 0),
+    "adafactor": (0, 0),
+    "sgd": (0, 0),
+    "adagrad": (4, 0),
+    "rmsprop": (4, 0),
+}
+
+OUTWARD = {"o_proj", "out_proj", "c_proj", "dense", "wo", "down_proj", "fc2", "w2", "dense_4h_to_h"}
 
 
-class DecoderConfig(Protocol):
-    """The three sizes of a decoder that its activations grow with."""
+@dataclass(frozen=True)
+class Situation:
+    """What an estimate depends on beside the run's arguments.
 
-    hidden_size: int
-    num_hidden_layers: int
-    intermediate_size: int
-
-
-def activation_bytes(config: DecoderConfig, num_tokens: int, bytes_per_value: int) -> int:
-    """Activations that backward needs without gradient checkpointing, in bytes, roughly.
-
-    A layer of a gated decoder keeps about 16 values of hidden size (norms and their inputs, q, k,
-    v before and after rotation, attention, residuals, adapters) and 6 of the intermediate size for
-    each token; attention keeps no scores.
+    `num_tokens` and `longest` are those of the largest micro-batch and of its longest row;
+    `shards` names what is spread over the workers: optimizer, gradients, weights (ZeRO 1 to 3).
     """
-    values = 16 * config.hidden_size + 6 * config.intermediate_size
-    return num_tokens * config.num_hidden_layers * values * bytes_per_value
+
+    num_tokens: int
+    longest: int
+    precision: str  # a name of precision.PRECISIONS
+    recomputes: bool
+    device: str = "cpu"  # or cuda
+    num_workers: int = 1
+    shards: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The parts of a worker's memory in bytes, and the moments at which it needs the most.
+
+    Attributes:
+        weights: of the model and its adapters, quantised or not, in the format they are held in.
+        gradients: of all that trains.
+        optimizer: its state.
+        activations: what backward needs of the largest micro-batch.
+        backward: gradients inside one layer, and what it recomputes.
+        loss: the head's chunk of logits and its gradients.
+        casts: copies of weights in the format of the arithmetic.
+        update: what the optimizer holds while it updates.
+        loading: what loading needs beside the weights.
+        keeps_gradients: whether gradients are there during the forward pass too.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    backward: int
+    loss: int
+    casts: int
+    update: int
+    loading: int
+    keeps_gradients: bool
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Bytes at each moment that may need the most."""
+        held = self.weights + self.optimizer
+        kept = self.gradients if self.keeps_gradients else 0
+        return {
+            "loading": self.weights + self.loading,
+            "loss": held + kept + self.activations + self.casts + self.loss,
+            "backward": held + kept + self.activations + self.casts + self.backward,
+            "end of backward": held + self.gradients + self.casts + self.backward,
+            "update": held + self.gradients + self.update,
+        }
+
+    @property
+    def peak(self) -> int:
+        """The most that is needed at once."""
+        return max(self.phases.values())
+
+    def lines(self) -> list[str]:
+        """The parts for a reader, largest first, then the peak and when it is."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "keeps_gradients"}
+        ordered = sorted(parts.items(), key=lambda item: -item[1])
+        when = max(self.phases, key=lambda name: self.phases[name])
+        return [
+            *(f"{name:<12} {gigabytes(value)}" for name, value in ordered if value),
+            f"{'peak':<12} {gigabytes(self.peak)} ({when})",
+        ]
+
+
+def gigabytes(size: float) -> str:
+    """A size for a reader, in units of 10 ** 9 bytes."""
+    return f"{size / 1e9:.2f} GB"
+
+
+def estimate_for(
+    arguments: RunArguments,
+    directory: Path,
+    lengths: Sequence[int],
+    precision: str,
+    *,
+    recomputes: bool,
+    device: str = "cpu",
+    num_workers: int = 1,
+) -> Estimate:
+    """The memory of one worker that trains the model of a folder.
+
+    Args:
+        arguments: of the run.
+        directory: with config.json, and weights or none.
+        lengths: of the rows, in tokens; a micro-batch may hold the longest of them.
+        precision: a name of precision.PRECISIONS.
+        recomputes: whether activations are recomputed.
+        device: cpu or cuda.
+        num_workers: that train together.
+
+    Raises:
+        ModelError: if the configuration or a header cannot be read.
+    """
+    model = decoder(read_config(directory))
+    longest = sorted(lengths, reverse=True)[: arguments.training.per_device_train_batch_size]
+    situation = Situation(
+        num_tokens=sum(longest),
+        longest=max(longest, default=0),
+        precision=precision,
+        recomputes=recomputes,
+        device=device,
+        num_workers=num_workers,
+    )
+    return estimate(arguments, model, shapes(directory) or shapes_of(model), situation)
+
+
+def estimate(
+    arguments: RunArguments, model: Decoder, table: Shapes, situation: Situation
+) -> Estimate:
+    """The memory of one worker that trains.
+
+    Args:
+        arguments: of the run.
+        model: the sizes of the decoder.
+        table: shapes of its parameters, from headers or from `architecture.shapes_of`.
+        situation: the largest micro-batch and where it is computed.
+    """
+    if model.is_tied:
+        table = {n: s for n, s in table.items() if not n.startswith("lm_head.")}
+    trained = what_trains(arguments.finetuning, model, table)
+    form = _Format.of(situation, trains_own=bool(trained.own), finetuning=arguments.finetuning)
+    values = trained.num_adapter + count(trained.own)
+    frozen = _frozen_bytes(arguments, table, trained, form)
+    weights = frozen + values * form.trained
+    kept, beside = _states(arguments, values, form)
+    split = situation.num_workers
+    largest = max((math.prod(s) for s in table.values()), default=0) * form.compute
+    sharded = "weights" in situation.shards
+    return Estimate(
+        weights=weights // split + 2 * largest if sharded else weights,
+        gradients=values * form.trained // (split if "gradients" in situation.shards else 1),
+        optimizer=kept // (split if "optimizer" in situation.shards else 1),
+        activations=_activations(model, trained, form, situation, arguments),
+        backward=_backward(model, trained, form, situation, arguments),
+        loss=_loss(model, trained, form, situation),
+        casts=_casts(trained, form),
+        update=beside // (split if "optimizer" in situation.shards else 1),
+        loading=_loading(arguments, table, form, frozen),
+        keeps_gradients=situation.num_workers > 1
+        or arguments.training.gradient_accumulation_steps > 1,
+    )
+
+
+# ---- what trains --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Parameters of the model that train, values of adapters, and the modules that have one."""
+
+    own: Shapes = field(default_factory=dict)
+    adapted: Shapes = field(default_factory=dict)  # weights of modules with an adapter
+    num_adapter: int = 0
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer that backward reaches; 0 where the embedding trains."""
+        names = [*self.own, *self.adapted]
+        layers = [found[0] for name in names if (found := layer_of(name)) is not None]
+        outside = any("embed" in name or "wte" in name for name in names)
+        return 0 if outside or not layers else min(layers)
+
+    def in_layer(self, index: int) -> Iterator[str]:
+        """The modules of a layer of which the input is kept for a gradient of their weights."""
+        for name, shape in {**self.own, **self.adapted}.items():
+            found = layer_of(name)
+            if found is not None and found[0] == index and is_linear(name, shape):
+                yield module_of(found[1])
+
+
+def what_trains(tuning: FinetuningArguments, model: Decoder, table: Shapes) -> Trained:
+    """The parameters that train by finetuning_type and its keys."""
+    if tuning.finetuning_type == "full":
+        return Trained(own=dict(table))
+    if tuning.finetuning_type == "freeze":
+        return Trained(own=_unfrozen(tuning, model, table))
+    adapted = {n: s for n, s in table.items() if _is_target(tuning, n, s)}
+    ranks = {n: _rank(tuning, module_of(n)) for n in adapted}
+    number = sum(
+        math.prod(s[:-2]) * ranks[n] * (s[-1] + s[-2]) + (s[-2] if tuning.use_dora else 0)
+        for n, s in adapted.items()
+    )
+    names = tuning.additional_target
+    whole = {
+        n: s for n, s in table.items() if any(_ends_with(module_of(n), name) for name in names)
+    }
+    return Trained(own=whole, adapted=adapted, num_adapter=number)
+
+
+def _unfrozen(tuning: FinetuningArguments, model: Decoder, table: Shapes) -> Shapes:
+    number, layers = tuning.freeze_trainable_layers, range(model.num_layers)
+    chosen = set(layers[-number:] if number > 0 else layers[:-number] if number else ())
+    modules, extra = tuning.freeze_trainable_modules, tuning.freeze_extra_modules
+    found = {}
+    for name, shape in table.items():
+        inside = layer_of(name)
+        if inside is None:
+            if any(_ends_with(module_of(name), module) for module in extra):
+                found[name] = shape
+        elif inside[0] in chosen and (
+            "all" in modules or any(inside[1].startswith(f"{module}.") for module in modules)
+        ):
+            found[name] = shape
+    return found
+
+
+def _is_target(tuning: FinetuningArguments, name: str, shape: tuple[int, ...]) -> bool:
+    if "all" in tuning.lora_target:
+        return is_linear(name, shape)
+    module = module_of(name) if name.endswith(".weight") else name
+    named = any(_ends_with(module, target) for target in tuning.lora_target)
+    return len(shape) >= 2 and (named or any(_matches(t, module) for t in tuning.lora_target))
+
+
+def _ends_with(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        return re.fullmatch(pattern, module) is not None
+    except re.error:
+        return False
+
+
+def _rank(tuning: FinetuningArguments, module: str) -> int:
+    for name, rank in (tuning.lora_rank_pattern or {}).items():
+        if _ends_with(module, name) or _matches(name, module):
+            return int(rank)
+    return tuning.lora_rank
+
+
+# ---- weights ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Format:
+    """Bytes of one value."""
+
+    compute: int  # in products
+    trained: int
+    frozen: int
+    stream: int  # between layers
+    casts: bool  # whether products cast their operands
+    mask: int  # of dropout
+
+    @classmethod
+    def of(
+        cls, situation: Situation, *, trains_own: bool, finetuning: FinetuningArguments
+    ) -> _Format:
+        mask = 4 if situation.device == "cpu" else 1
+        if situation.precision == "fp32":
+            return cls(4, 4, 4, 4, False, mask)
+        if situation.precision == "pure_bf16":
+            return cls(2, 2, 2, 2, False, mask)
+        is_full = trains_own and finetuning.finetuning_type == "full"
+        return cls(2, 4, 2, 4 if is_full else 2, True, mask)
+
+
+def _frozen_bytes(arguments: RunArguments, table: Shapes, trained: Trained, form: _Format) -> int:
+    """What does not train; modules that train whole beside an adapter are there twice."""
+    is_lora = arguments.finetuning.finetuning_type not in ("full", "freeze")
+    total = 0.0
+    for name, shape in table.items():
+        if name in trained.own and not is_lora:
+            continue
+        size = math.prod(shape)
+        bits = arguments.model.quantization_bit
+        if bits is not None and is_linear(name, shape):
+            total += size * quantized_bytes(bits, doubly=arguments.model.double_quantization)
+            total += 4 * shape[0] if bits == 8 else 0
+        else:
+            total += size * form.frozen
+    return int(total)
+
+
+def quantized_bytes(bits: int, *, doubly: bool) -> float:
+    """Bytes of one value with its share of the constants.
+
+    4 bits: a scale of float32 for 64 values, or with double quantisation one of 8 bits for 64 and
+    of float32 for 64 * 256.
+    """
+    if bits == 8:
+        return 1.0
+    constants = 1 / 64 + 4 / (64 * 256) if doubly else 4 / 64
+    return bits / 8 + constants
+
+
+def _states(arguments: RunArguments, values: int, form: _Format) -> tuple[int, int]:
+    """Bytes of the optimizer's state, and of what it holds while it updates."""
+    name = arguments.optimizer.optim
+    state, beside = STATES.get(name, (None, None))
+    per_value = 2 * form.trained if state is None else state
+    at_once = form.trained if beside is None else beside
+    if name == "sgd" and "momentum" in (arguments.optimizer.optim_args or ""):
+        per_value = form.trained
+    return int(values * per_value), int(values * at_once)
+
+
+def _casts(trained: Trained, form: _Format) -> int:
+    """Autocast keeps a copy of each weight that trains and takes part in a product."""
+    if not form.casts:
+        return 0
+    own = sum(math.prod(s) for n, s in trained.own.items() if len(s) > 1 and "embed" not in n)
+    return (own + trained.num_adapter) * form.compute
+
+
+def _loading(arguments: RunArguments, table: Shapes, form: _Format, frozen: int) -> int:
+    """Weights that train are read in float32, and the rest cast one by one afterwards."""
+    tuning = arguments.finetuning
+    if form.casts and tuning.finetuning_type == "freeze":
+        return count(table) * 4 - frozen
+    largest = max((math.prod(s) for s in table.values()), default=0)
+    return largest * form.compute if arguments.model.is_quantized else 0
+
+
+# ---- activations --------------------------------------------------------------------------------
+
+
+def _activations(
+    model: Decoder, trained: Trained, form: _Format, at: Situation, arguments: RunArguments
+) -> int:
+    """What backward needs of all layers, the final norm included."""
+    num_layers = model.num_layers - trained.first_layer
+    outside = at.num_tokens * model.hidden * (4 + form.compute)
+    if at.recomputes:
+        kept = 0 if arguments.model.use_unsloth_gc and at.device != "cpu" else form.stream
+        return int(num_layers * at.num_tokens * model.hidden * kept + outside)
+    layers = range(trained.first_layer, model.num_layers)
+    per_token = sum(_of_layer(i, model, trained, form, at, arguments) for i in layers)
+    return int(at.num_tokens * per_token + outside)
+
+
+def _backward(
+    model: Decoder, trained: Trained, form: _Format, at: Situation, arguments: RunArguments
+) -> int:
+    """The gradients inside one layer, what it recomputes, and one layer's dequantised matrix."""
+    width = _widths(model)[0]
+    per_token = (3 * width + 2 * model.hidden) * form.compute
+    if at.recomputes:
+        last = model.num_layers - 1
+        per_token += _of_layer(last, model, trained, form, at, arguments)
+    matrix = model.hidden * width * form.compute if arguments.model.is_quantized else 0
+    return int(at.num_tokens * per_token + matrix)
+
+
+def _of_layer(
+    index: int,
+    model: Decoder,
+    trained: Trained,
+    form: _Format,
+    at: Situation,
+    arguments: RunArguments,
+) -> float:
+    """Bytes per token that backward needs of one layer."""
+    compute, heads = form.compute, model.query + model.key
+    normed = 2 * model.hidden if model.num_norms == 2 else 4 * model.hidden
+    normed += heads if model.has_normed_heads else 0
+    total = 4.0 * normed  # norms are computed in float32, from it
+    if any("norm" in name and layer_of(name) for name in trained.own):
+        total += normed * (2 if form.stream == 2 else 4)
+    # rotated queries and keys, values, what came of them, and the sums of their weights
+    total += (2 * model.query + model.key + model.value) * compute + 4 * model.num_heads
+    if model.drops_attention:  # the weights, their mask, the weights after it
+        total += 3 * model.num_heads * at.longest * 4
+    inner, hidden_again = _widths(model)
+    gates = 3 if model.is_gated or model.experts else 4
+    total += (gates * inner + hidden_again) * compute
+    experts = any(is_expert(n) and layer_of(n) for n in trained.own)
+    if experts and model.experts is not None:
+        total += (inner + hidden_again) * compute
+    return total + _inputs(index, model, trained, form, arguments)
+
+
+def _inputs(
+    index: int, model: Decoder, trained: Trained, form: _Format, arguments: RunArguments
+) -> float:
+    """Bytes per token of the inputs of linear modules that train or have an adapter."""
+    inner = _widths(model)[0] if model.experts is None else model.experts.shared
+    consumers: dict[tuple[str, int], int] = {}
+    adapters = 0
+    for module in trained.in_layer(index):
+        block = "attention" if "att" in module else "mlp"
+        outward = module.rpartition(".")[2] in OUTWARD
+        width = (model.query if block == "attention" else inner) if outward else model.hidden
+        consumers[f"{block}{outward}", width] = consumers.get((f"{block}{outward}", width), 0) + 1
+        adapters += 1
+    tuning = arguments.finetuning
+    is_lora = bool(trained.adapted)
+    dropped = tuning.lora_dropout > 0 and is_lora
+    total = 0.0
+    for (_, width), number in consumers.items():
+        copies = number if form.casts or dropped else 1
+        total += width * copies * form.compute
+        if dropped:
+            total += width * number * form.mask
+        if tuning.use_dora and is_lora:
+            total += width * number * form.compute
+    return total + (adapters * tuning.lora_rank * form.compute if is_lora else 0)
+
+
+def _widths(model: Decoder) -> tuple[int, int]:
+    """Per token, the feed-forward part's inner width, and the outputs that experts keep."""
+    experts = model.experts
+    if experts is None:
+        return model.intermediate, 0
+    return experts.chosen * experts.intermediate + experts.shared, experts.chosen * model.hidden
+
+
+# ---- the loss -----------------------------------------------------------------------------------
+
+
+def _loss(model: Decoder, trained: Trained, form: _Format, at: Situation) -> int:
+    """The chunk of logits, gradients of hidden states, and those of a head that trains."""
+    targets = at.num_tokens
+    head, states = model.vocabulary * model.hidden, targets * model.hidden
+    chunk = min(CHUNK[at.device], targets * model.vocabulary * 4)
+    rows = chunk // (4 * model.vocabulary)
+    total = chunk + states * (4 + form.compute) + 3 * rows * model.hidden * 4
+    trains = any(n.startswith("lm_head.") for n in trained.own) or (
+        model.is_tied and any("embed" in n or "wte" in n for n in trained.own)
+    )
+    if trains:
+        total += head * 4
+    if at.device == "cpu" and form.compute < 4 and not trains:
+        total += head * 4  # products of fewer bits give no sums in float32 there
+    if at.device == "cuda" and form.compute < 4:
+        total += chunk // 2
+    return total
