@@ -71,8 +71,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"finetuning_type": "lora"},
     "qlora": {"finetuning_type": "lora", "quantization_bit": 4},
 }
-COLUMNS = ("model", "length", "method", "recomputed", "dtype", "estimate", "tensors", "", "process")
-COLUMNS += ("", "loaded / size")
+COLUMNS = ("model", "length", "method", "recomputed", "dtype")
+COLUMNS += ("tensors, estimated", "measured", "", "process, estimated", "measured", "")
+COLUMNS += ("loaded / size",)
 ROWS = 2  # in a micro-batch
 
 
@@ -114,8 +115,7 @@ def cases() -> list[dict[str, Any]]:
 def compare(options: argparse.Namespace) -> Report:
     """Estimates beside figures, worst first in the facts."""
     report = Report(
-        f"Memory of a step of {ROWS} rows: estimated, live tensors, anonymous memory of the "
-        "process (MB)",
+        f"Peak of a step of {ROWS} rows in MB: live tensors, and anonymous memory of the process",
         COLUMNS,
     )
     worst = [0.0, 0.0]
@@ -129,12 +129,14 @@ def compare(options: argparse.Namespace) -> Report:
                 run(["--child", json.dumps({"make": case["model"], "place": str(place)})])
             found = run(["--child", json.dumps({**case, "place": str(place)})])
             report.details["-".join(map(str, case.values()))] = found
-            off = [found["estimate"] / found[name] - 1 for name in ("tensors", "process")]
+            off = [found["peak"] / found["tensors"] - 1, found["resident"] / found["process"] - 1]
             worst = [max(w, abs(o)) for w, o in zip(worst, off, strict=True)]
             cells = [case["model"], case["length"], case["method"]]
             cells += ["yes" if case["recomputes"] else "no", case["dtype"]]
-            cells += [f"{found['estimate'] / 1e6:.0f}", f"{found['tensors'] / 1e6:.0f}"]
-            cells += [f"{off[0]:+.0%}", f"{found['process'] / 1e6:.0f}", f"{off[1]:+.0%}"]
+            cells += [f"{found[name] / 1e6:.0f}" for name in ("peak", "tensors")]
+            cells += [f"{off[0]:+.0%}"]
+            cells += [f"{found[name] / 1e6:.0f}" for name in ("resident", "process")]
+            cells += [f"{off[1]:+.0%}"]
             report.rows.append([*cells, f"{found['loaded']:.2f}"])
             print(report.rows[-1], file=sys.stderr, flush=True)
             if abs(off[0]) > 0.15 or abs(off[1]) > 0.25 or found["loaded"] > 1.15:
@@ -205,7 +207,8 @@ def measure(
         arguments, Path(place), [length] * ROWS, dtype, recomputes=recomputes
     )
     return {
-        "estimate": found.peak,
+        "peak": found.peak,
+        "resident": found.resident,
         "tensors": live + rise(step),
         "process": process,
         "loaded": loaded / weights,
@@ -272,16 +275,17 @@ def rows(length: int) -> Any:
 
 def warm(arguments: Any) -> None:
     """Import all that the run will, and let libraries take what they take at first use."""
-    import peft
     import torch
-    import transformers.models.auto.modeling_auto
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    assert peft
-    assert transformers.models
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes))
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     if arguments.model.is_quantized:
         import bitsandbytes
 
-        assert bitsandbytes
+        bitsandbytes.nn.Linear4bit(64, 64).to("cpu")(torch.ones(1, 64))
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(64, 64, dtype=dtype, requires_grad=True)
         (matrix @ matrix).sum().backward()

@@ -5,8 +5,6 @@ What is done with them is for `run`.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from logging import getLogger
@@ -25,10 +23,11 @@ from llmray.data import prepared
 from llmray.data.access import StreamRef
 from llmray.data.prepared import PreparedRef, Table
 from llmray.data.tokenizer import load_tokenizer
-from llmray.model import embedding, export, kernels, load, memory, tuning, upcast, value_head
+from llmray.model import embedding, export, kernels, load, tuning, upcast, value_head
 from llmray.model.attention import causal_lm, why_not_flat
+from llmray.model.fitting import Room, choose_recomputation
 from llmray.model.head import TokenModel, set_balance
-from llmray.train import optimizers, precision, schedules
+from llmray.train import device_memory, optimizers, precision, schedules
 from llmray.train.engine import Engine
 from llmray.train.feed import StreamReader, open_feed
 from llmray.train.generate import Sampling
@@ -147,7 +146,7 @@ def assemble(arguments: RunArguments, context: Context) -> Training:
     kernels.require_gradients(arguments.model.flash_attn, world.device)
     feed = open_feed(arguments, context.prepared, context.model_dir, world)
     pace = cadence(options, feed.steps_per_epoch)
-    recomputes = _needs_checkpointing(arguments, context, feed.lengths)
+    recomputes = _needs_checkpointing(arguments, context, feed.lengths, numbers.name)
     resolved = _resolved(arguments, numbers, recomputes=recomputes)
     model = _token_model(resolved, context, numbers)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -304,33 +303,11 @@ def _trains_own_weights(arguments: RunArguments) -> bool:
     return finetuning.finetuning_type != "lora" and not finetuning.pure_bf16
 
 
-def _needs_checkpointing(arguments: RunArguments, context: Context, lengths: np.ndarray) -> bool:
-    """What the user said; else whether one micro-batch would fill most of the free memory."""
-    said = arguments.model.disable_gradient_checkpointing
-    if said is not None:
-        return not said
-    if arguments.model.use_unsloth_gc:
-        return True
-    per_device = arguments.training.per_device_train_batch_size
-    tokens = int(sum(sorted(lengths.tolist(), reverse=True)[:per_device]))
-    config = load.load_config(context.model_dir, arguments.model)
-    need = memory.activation_bytes(config.get_text_config(), tokens, bytes_per_value=4)
-    [short] = context.world.max([need / max(1, _free_bytes(context.world.device))])
-    if short > 0.5:
-        log.info(
-            "gradient checkpointing on: activations of %d tokens need about %.1f GB "
-            "(disable_gradient_checkpointing: true turns it off)",
-            tokens,
-            need / 1e9,
-        )
-    return short > 0.5
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines() if sys.platform == "linux" else []
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return 1 << 62
+def _needs_checkpointing(
+    arguments: RunArguments, context: Context, lengths: np.ndarray, precision_name: str
+) -> bool:
+    """What the user said; else whether the run would not fit otherwise, on any of the ranks."""
+    world = context.world
+    [least] = world.max([-device_memory.free_bytes(world.device)])
+    room = Room(int(-least), precision_name, world.device.type, world.world_size)
+    return choose_recomputation(arguments, context.model_dir, lengths.tolist(), room)

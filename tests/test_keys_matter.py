@@ -460,7 +460,7 @@ def rounding(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> list[str]:
 def checkpointing(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> bool:
     context = Context(World.single(), "", None, site.root / "model", lambda: None)  # type: ignore[arg-type]
     return assembly._needs_checkpointing(
-        site.arguments(keys), context, torch.tensor([9, 9]).numpy()
+        site.arguments(keys), context, torch.tensor([9, 9]).numpy(), "fp32"
     )
 
 

@@ -97,8 +97,8 @@ DERIVATIONS: tuple[Derivation, ...] = (
     Derivation("model_max_length", ("cutoff_len",), "cutoff_len", lambda a: a.data.cutoff_len),
     Derivation(
         "disable_gradient_checkpointing",
-        ("per_device_train_batch_size", "cutoff_len"),
-        "false where a batch's activations would fill more than half of the free memory",
+        ("per_device_train_batch_size", "cutoff_len", "use_unsloth_gc"),
+        "false where the run would not fit into memory otherwise, by estimate",
     ),
 )
 

@@ -141,6 +141,20 @@ def shapes(directory: Path | str) -> Shapes:
     return found
 
 
+def formats(directory: Path | str) -> frozenset[str]:
+    """The number formats in the safetensors files of a folder, by safetensors' names for them.
+
+    Raises:
+        ModelError: if a header is damaged.
+    """
+    return frozenset(
+        entry["dtype"]
+        for path in Path(directory).glob("*.safetensors")
+        for name, entry in _header(path).items()
+        if name != "__metadata__"
+    )
+
+
 def shapes_of(model: Decoder) -> Shapes:
     """The parameters that a decoder of these sizes has, where there are no files yet."""
     found: Shapes = {"model.embed_tokens.weight": (model.vocabulary, model.hidden)}

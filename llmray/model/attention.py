@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from llmray.batch import Segments
 
 # transformers dispatches on the substrings flash, sdpa, flex, "paged|" and "/": none may be in it
 FLAT = "llmray_flat"
+
+BLOCK = 256  # queries of a layer with a window that are computed at once, or the window if wider
 
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -182,8 +184,10 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
     softcap, sinks = settings.softcap, settings.sinks
     window = None if window is None or window >= num_keys else window
     if softcap is None and sinks is None:
-        is_square = window is None and num_queries == num_keys
-        mask = None if is_square else _visible(num_queries, num_keys, window, q.device)
+        if window is not None:
+            return _windowed(q, k, v, window, scale, dropout)
+        is_square = num_queries == num_keys
+        mask = None if is_square else _hidden(num_queries, num_keys, None, q.device, q.dtype)
         return F.scaled_dot_product_attention(
             q, k, v, mask, dropout, is_causal=is_square, scale=scale, enable_gqa=True
         )
@@ -200,6 +204,36 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
         scores = torch.cat([scores, column], -1)
     weights = scores.softmax(-1)[..., :num_keys].to(v.dtype)
     return F.dropout(weights, dropout) @ v.repeat_interleave(shared, 1)
+
+
+def _windowed(
+    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float | None, dropout: float
+) -> Tensor:
+    """Blocks of queries, each with the keys that one of them sees: memory grows with the length."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    behind, size = num_keys - num_queries, max(window, BLOCK)
+    outputs = []
+    for start in range(0, num_queries, size):
+        stop = min(start + size, num_queries)
+        first, last = max(0, start + behind - window + 1), stop + behind
+        mask = _hidden(stop - start, last - first, window, q.device, q.dtype)
+        block = q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last]
+        outputs.append(
+            F.scaled_dot_product_attention(*block, mask, dropout, scale=scale, enable_gqa=True)
+        )
+    return torch.cat(outputs, 2)
+
+
+@lru_cache(maxsize=4)
+def _hidden(
+    num_queries: int, num_keys: int, window: int | None, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """(queries, keys), minus infinity where a query may not look.
+
+    Kept, so that all layers save one mask for backward; torch makes such a copy of a boolean one.
+    """
+    hidden = ~_visible(num_queries, num_keys, window, device)
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill(hidden, float("-inf"))
 
 
 def _visible(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:

@@ -21,6 +21,7 @@ from llmray.model.architecture import (
     Shapes,
     count,
     decoder,
+    formats,
     is_expert,
     is_linear,
     layer_of,
@@ -32,6 +33,8 @@ from llmray.model.architecture import (
 
 CHUNK = {"cpu": 96 << 20, "cuda": 512 << 20}  # logits that the loss holds at once, in bytes
 ERROR = 0.15  # of the peak, by which an estimate may be wrong
+# of a process on a CPU: what glibc holds beside live tensors, and what libraries take at first use
+SLACK, AT_FIRST = 0.10, 24 << 20
 
 # optimizer -> bytes of its state and bytes beside it while it updates, per value that trains; None:
 # as many as the value has. What is not here keeps two moments.
@@ -66,6 +69,7 @@ class Situation:
     device: str = "cpu"  # or cuda
     num_workers: int = 1
     shards: frozenset[str] = frozenset()
+    formats: frozenset[str] = frozenset()  # of the weights in the files, by safetensors' names
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Estimate:
         casts: copies of weights in the format of the arithmetic.
         update: what the optimizer holds while it updates.
         loading: what loading needs beside the weights.
+        mapped: weights that stay mapped from their files, which the system can drop.
         keeps_gradients: whether gradients are there during the forward pass too.
     """
 
@@ -94,6 +99,7 @@ class Estimate:
     casts: int
     update: int
     loading: int
+    mapped: int
     keeps_gradients: bool
 
     @property
@@ -114,15 +120,23 @@ class Estimate:
         """The most that is needed at once."""
         return max(self.phases.values())
 
+    @property
+    def resident(self) -> int:
+        """The growth of a process's anonymous memory on a CPU."""
+        return int(self.peak * (1 + SLACK)) + AT_FIRST - self.mapped
+
     def lines(self) -> list[str]:
         """The parts for a reader, largest first, then the peak and when it is."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "keeps_gradients"}
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in BESIDE}
         ordered = sorted(parts.items(), key=lambda item: -item[1])
         when = max(self.phases, key=lambda name: self.phases[name])
         return [
             *(f"{name:<12} {gigabytes(value)}" for name, value in ordered if value),
             f"{'peak':<12} {gigabytes(self.peak)} ({when})",
         ]
+
+
+BESIDE = ("mapped", "keeps_gradients")  # fields that are no part of the sum
 
 
 def gigabytes(size: float) -> str:
@@ -163,6 +177,7 @@ def estimate_for(
         recomputes=recomputes,
         device=device,
         num_workers=num_workers,
+        formats=formats(directory),
     )
     return estimate(arguments, model, shapes(directory) or shapes_of(model), situation)
 
@@ -199,6 +214,7 @@ def estimate(
         casts=_casts(trained, form),
         update=beside // (split if "optimizer" in situation.shards else 1),
         loading=_loading(arguments, table, form, frozen),
+        mapped=_mapped(arguments, situation, form, frozen),
         keeps_gradients=situation.num_workers > 1
         or arguments.training.gradient_accumulation_steps > 1,
     )
@@ -377,6 +393,12 @@ def _loading(arguments: RunArguments, table: Shapes, form: _Format, frozen: int)
     return largest * form.compute if arguments.model.is_quantized else 0
 
 
+def _mapped(arguments: RunArguments, at: Situation, form: _Format, frozen: int) -> int:
+    """Weights that nothing writes stay the pages of their files, where no cast is needed."""
+    is_same = at.formats == {{2: "BF16", 4: "F32"}[form.frozen]}
+    return frozen if is_same and at.device == "cpu" and not arguments.model.is_quantized else 0
+
+
 # ---- activations --------------------------------------------------------------------------------
 
 
@@ -479,7 +501,7 @@ def _loss(model: Decoder, trained: Trained, form: _Format, at: Situation) -> int
     head, states = model.vocabulary * model.hidden, targets * model.hidden
     chunk = min(CHUNK[at.device], targets * model.vocabulary * 4)
     rows = chunk // (4 * model.vocabulary)
-    total = chunk + states * (4 + form.compute) + 3 * rows * model.hidden * 4
+    total: int = chunk + states * (4 + form.compute) + 3 * rows * model.hidden * 4
     trains = any(n.startswith("lm_head.") for n in trained.own) or (
         model.is_tied and any("embed" in n or "wte" in n for n in trained.own)
     )

@@ -123,6 +123,37 @@ def test_answers_that_share_a_prompt_equal_two_sequences(arch):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(40, 40), (23, 40), (7, 40)])
+@pytest.mark.parametrize("window", [1, 5, 16])
+def test_blocks_of_a_window_give_what_one_mask_gives(num_queries, num_keys, window, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 8)
+    torch.manual_seed(0)
+    q = torch.randn(1, 4, num_queries, 8, requires_grad=True)
+    k, v = (torch.randn(1, 2, num_keys, 8, requires_grad=True) for _ in "kv")
+    mask = attention._visible(num_queries, num_keys, window, q.device)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    found = attention._windowed(q, k, v, window, None, 0.0)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(found)
+    pairs = (torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (found, expected))
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_all_layers_save_one_mask():
+    """Its memory must not grow with layers, nor with the square of a row's length."""
+    masks = [attention._hidden(5, 9, 3, torch.device("cpu"), torch.float32) for _ in "ab"]
+    assert masks[0] is masks[1]
+    saved = []
+    q = torch.randn(1, 2, 2000, 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (saved.append(tensor), tensor)[1], lambda tensor: tensor
+    ):
+        attention._windowed(q, q, q, 16, None, 0.0)
+    largest = max(tensor.numel() for tensor in saved)
+    assert largest <= max(q.numel(), 256 * (256 + 16))
+
+
 def test_a_padded_call_of_a_flat_model_is_refused():
     rows, model = make_rows(), build_model()
     use_flat(model)
