@@ -35,6 +35,10 @@ BOTH_SIDES = {"gemma2", "gemma3_text", "gemma3", "olmo2"}  # norms before and af
 NORMED_HEADS = {"qwen3", "qwen3_moe", "gemma3_text", "gemma3", "olmo2", "olmo3", "smollm4"}
 
 
+class UnknownSizesError(ModelError):
+    """A configuration names the sizes of its model in a way that is not known here."""
+
+
 @dataclass(frozen=True)
 class Decoder:
     """The sizes that the memory of a decoder follows from; all counts of values.
@@ -92,7 +96,7 @@ def decoder(config: Mapping[str, Any]) -> Decoder:
     """The sizes of the text part of a configuration.
 
     Raises:
-        ModelError: if a size is missing.
+        UnknownSizesError: if a size is missing.
     """
     text: Mapping[str, Any] = config.get("text_config") or config
     kind = str(text.get("model_type", config.get("model_type", "")))
@@ -244,9 +248,9 @@ def _find(text: Mapping[str, Any], name: str) -> Any:
 def _size(text: Mapping[str, Any], name: str) -> Any:
     found = _find(text, name)
     if found is None:
-        raise ModelError(
-            f"the model's configuration has no {name}. The sizes of a decoder are required: "
-            "correct config.json, or say disable_gradient_checkpointing yourself."
+        raise UnknownSizesError(
+            f"the model's configuration has no {name}. The sizes of a decoder are required for an "
+            "estimate of memory: write disable_gradient_checkpointing: true or false."
         )
     return found
 

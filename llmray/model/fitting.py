@@ -10,7 +10,7 @@ from typing import Any
 
 from llmray.arguments.run import RunArguments
 from llmray.errors import ArgumentsError, ModelError
-from llmray.model.architecture import decoder, read_config
+from llmray.model.architecture import UnknownSizesError, decoder, read_config
 from llmray.model.memory import ERROR, Estimate, estimate_for, gigabytes
 
 log = getLogger("llmray")
@@ -46,7 +46,11 @@ def choose_recomputation(
     """
     said = arguments.model.disable_gradient_checkpointing
     asked = True if arguments.model.use_unsloth_gc else None if said is None else not said
-    whole = _estimate(arguments, directory, lengths, room, recomputes=bool(asked))
+    try:
+        whole = _estimate(arguments, directory, lengths, room, recomputes=bool(asked))
+    except UnknownSizesError as error:
+        log.warning("memory is not estimated: %s", error)
+        return bool(asked)
     if asked is None and whole.peak * (1 + ERROR) > room.free:
         asked = True
         log.info(
