@@ -421,7 +421,7 @@ def _backward(
 ) -> int:
     """The gradients inside one layer, what it recomputes, and one layer's dequantised matrix."""
     width = _widths(model)[0]
-    per_token = (width + 2 * model.hidden) * form.compute
+    per_token: float = (width + 2 * model.hidden) * form.compute
     if at.recomputes:
         last = model.num_layers - 1
         per_token += _of_layer(last, model, trained, form, at, arguments)
