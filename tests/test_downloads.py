@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hub_server import COMMIT, hub_environment, hub_server
 from tiny import make_model, make_tokenizer
 
 from llmray import downloads, hub
 from llmray.arguments.model import ModelArguments
 from llmray.errors import ModelError
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FORK = multiprocessing.get_context("fork")
 
 
@@ -134,71 +131,10 @@ def test_a_hub_that_fails_is_named_and_the_token_is_not(monkeypatch):
 # ---- a server that speaks the protocol of Hugging Face's hub ------------------------------------
 
 
-class Repository(BaseHTTPRequestHandler):
-    """One repository at two revisions, and a gate in front of another."""
-
-    folder: Path
-    seen: list[tuple[str, str, str | None]]
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        path, token = self.path.split("?")[0], self.headers.get("Authorization")
-        self.seen.append((self.command, path, token))
-        if path.startswith(("/api/models/org/secret", "/org/secret")) and token != "Bearer good":
-            self.answer(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"})
-        elif "/org/none/" in path:
-            self.answer(404, {"X-Error-Code": "RepoNotFound"})
-        elif path.endswith(("/revision/main", "/revision/v2", f"/revision/{COMMIT}")):
-            names = sorted(p.name for p in self.folder.iterdir())
-            content = {
-                "id": "org/tiny",
-                "sha": COMMIT,
-                "siblings": [{"rfilename": name} for name in names],
-            }
-            self.answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
-        elif "/tree/" in path:
-            content = [
-                {
-                    "type": "file",
-                    "path": p.name,
-                    "size": p.stat().st_size,
-                    "oid": hashlib.sha1(p.read_bytes()).hexdigest(),
-                }
-                for p in sorted(self.folder.iterdir())
-            ]
-            self.answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
-        elif "/revision/" in path:
-            self.answer(404, {"X-Error-Code": "RevisionNotFound"})
-        elif "/resolve/" in path:
-            content = (self.folder / path.rpartition("/")[2]).read_bytes()
-            etag = f'"{hashlib.sha1(content).hexdigest()}"'
-            self.answer(200, {"ETag": etag, "X-Repo-Commit": COMMIT}, content)
-        else:
-            self.answer(404, {"X-Error-Code": "RepoNotFound"})
-
-    def answer(self, status, headers, content=b""):
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *words):
-        pass
-
-
 @pytest.fixture
 def server(repository):
-    handler = type("Handler", (Repository,), {"folder": repository, "seen": []})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as listening:
-        thread = threading.Thread(target=listening.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.server_port}", handler.seen
-        listening.shutdown()
-        thread.join()
+    with hub_server({"org/tiny": repository, "org/secret": repository}) as found:
+        yield found
 
 
 CODE = """
@@ -216,15 +152,7 @@ for name, keys in json.loads(sys.argv[1]):
 
 def ask(endpoint, tmp_path, questions):
     """What `resolve` comes to in a process of its own, whose hub is at `endpoint`."""
-    environ = {
-        **os.environ,
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    environ.pop("HF_HUB_OFFLINE", None)
+    environ = {**os.environ, **hub_environment(endpoint, tmp_path / "home")}
     done = subprocess.run(
         [sys.executable, "-c", CODE, json.dumps(questions)],
         env=environ,

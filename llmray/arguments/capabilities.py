@@ -192,7 +192,6 @@ NOT_BUILT: dict[str, Gap] = {
     "mixture_of_depths": Gap(f"Mixture of depths is not built yet. {_REMOVE}"),
     "use_v1_kernels": Gap(f"Kernels chosen for the device are not built in yet. {_REMOVE}"),
     "infer_backend": Gap("Only transformers generates yet. Use huggingface."),
-    "offload_folder": Gap(f"Weights offloaded to disk are not built yet. {_REMOVE}"),
     "quantization_method": Gap("HQQ and EETQ are not built in yet. Use bnb."),
     **_family(
         f"Training in 8-bit floating point is not built yet. {_REMOVE}",
@@ -302,7 +301,8 @@ NOT_BUILT: dict[str, Gap] = {
 # Names of transformers or LLaMA-Factory that have no place here, with what to use instead.
 NOT_SUPPORTED: dict[str, Gap] = {
     "use_fast_tokenizer": Gap(
-        "Transformers 5 has no other tokenizer for models that have a fast one. Remove the key."
+        "Transformers 5 always takes the fast tokenizer, and data is prepared by nothing else. "
+        "Remove the key."
     ),
     "use_unsloth": Gap(
         "Unsloth patches a transformers of its own (at most 5.17 in its release of October 2026, "
@@ -311,7 +311,12 @@ NOT_SUPPORTED: dict[str, Gap] = {
         "remove the key."
     ),
     "low_cpu_mem_usage": Gap(
-        "Transformers 5 always loads without a second copy in memory. Remove the key."
+        "Weights are always read from their file's pages, without a second copy in memory. Remove "
+        "the key."
+    ),
+    "offload_folder": Gap(
+        "Each process holds the whole model on its one device, and nothing is put on disk. Remove "
+        "the key; quantization_bit: 4 makes the model smaller."
     ),
     "ignore_pad_token_for_loss": Gap(
         "Padding is never learnt: targets are marked by their place in a row, where there is none. "

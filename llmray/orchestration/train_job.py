@@ -248,7 +248,7 @@ class _Driver:
         storage = store.parent(self.run_dir)
         cluster.check_visible(nodes, storage, "ray_storage_path")
         model = self.arguments.model
-        for key in ("model_name_or_path", "adapter_name_or_path"):
+        for key in ("model_name_or_path", "adapter_name_or_path", "new_special_tokens_config"):
             value = getattr(model, key)
             for path in [value] if isinstance(value, str) else value or []:
                 cluster.check_exists(nodes, path, key)

@@ -234,6 +234,14 @@ def test_malformed_descriptions(tmp_path, content, message):
     assert "new_special_tokens_config" in str(error.value)
 
 
+def test_an_unknown_way_to_begin_and_one_without_descriptions():
+    keys = {**KEYS, "model_name_or_path": "m", "add_special_tokens": "<a>"}
+    with pytest.raises(ArgumentsError, match="noise_init, desc_init, desc_init_w_noise"):
+        load({**keys, "init_special_tokens": "zero_init"}, environ={})
+    with pytest.raises(ArgumentsError, match="there are no descriptions"):
+        load({**keys, "init_special_tokens": "desc_init"}, environ={})
+
+
 def test_tokens_of_both_keys_and_the_file_are_added_once(tmp_path):
     path = tmp_path / "tokens.yaml"
     path.write_text('"<a>": the first\n"<b>": the second\n')

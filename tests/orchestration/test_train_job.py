@@ -173,6 +173,39 @@ def test_two_workers_predict_what_one_process_does_also_when_one_of_them_dies(
     assert texts[0].count("\n") == 12
 
 
+def test_model_and_adapter_are_fetched_once_for_all_workers(
+    launch, ray_address, run_keys, tmp_path
+):
+    """From a server: each file once, and the hub is asked for each repository once, not by
+    workers."""
+    from hub_server import hub_environment, hub_server
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = Path(run_keys["model_name_or_path"])
+    settings = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    folders = {"org/tiny": model, "org/adapter": tmp_path / "adapter"}
+    keys = {"model_name_or_path": "org/tiny", "adapter_name_or_path": "org/adapter"}
+    with hub_server(folders) as (endpoint, seen):
+        environ = hub_environment(endpoint, tmp_path / "home")
+        run = launch(
+            "fetched",
+            address=ray_address,
+            environ=environ,
+            finetuning_type="lora",
+            max_steps=2,
+            gradient_accumulation_steps=1,
+            **keys,
+        )
+        assert run.finish() == 0, run.text
+    gets = [path for method, path, _ in seen if method == "GET"]
+    assert any(path.endswith("/model.safetensors") for path in gets)
+    assert any(path.endswith("/adapter_model.safetensors") for path in gets)
+    assert {path: gets.count(path) for path in gets} == dict.fromkeys(gets, 1)
+
+
 def test_a_stream_is_read_by_the_workers(launch, ray_address, ray_home):
     """Two workers with batches of 2 and one process with batches of 4 take the same steps."""
     keys = {"streaming": True, "buffer_size": 8, "max_steps": 5, "save_strategy": "no"}
