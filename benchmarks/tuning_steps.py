@@ -26,6 +26,7 @@ import torch
 from report import Report
 from trainings import Measured, measure_steps, ours
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 WORKER = Path(__file__).with_name("peft_steps.py")
 METHODS: dict[str, dict[str, Any]] = {
@@ -51,6 +52,7 @@ LEAST = 1.0  # of LoRA: at least as fast
 def main() -> None:
     """Measure, compare, publish."""
     options = parse()
+    disable_progress_bar()
     names = [f"{m} {k} {n}" for m in options.models for n in options.lengths for k in METHODS]
     found: dict[str, list[tuple[Measured, Measured]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as scratch:

@@ -165,6 +165,7 @@ class PpoStep:
             loss=updates.loss / updates.count,
             grad_norm=updates.last.grad_norm,
             learning_rate=updates.last.learning_rate,
+            other_rates=updates.last.other_rates,
             num_tokens=found.rollout.num_tokens,
             metrics=self._metrics(found, judged, given_ST, updates, beta),
             work=self._work(found, updates),

@@ -204,3 +204,24 @@ def test_the_start_lies_beside_the_adapter_as_it_was(tmp_path):
     found = load_file(tmp_path / pissa.FILE)
     assert all(torch.equal(found[name], tensor) for name, tensor in kept.items())
     assert found.keys() == load_file(tmp_path / "adapter_model.safetensors").keys()
+
+
+def test_low_bit_weights_cannot_be_decomposed(tmp_path):
+    """Why PiSSA of low-bit weights is refused: peft knows no way, and its start takes from W."""
+    from bitsandbytes.nn import Linear4bit
+
+    def low_bit():
+        model = build_model(hidden_size=64, amplify=2.0)
+        layer = model.model.layers[0].self_attn.q_proj
+        packed = Linear4bit(layer.in_features, layer.out_features, bias=False)
+        packed.load_state_dict(layer.state_dict())
+        model.model.layers[0].self_attn.q_proj = packed.to("cpu")
+        return model
+
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa")
+    with pytest.raises(TypeError, match="initialize PiSSA under float32, float16, or bfloat16"):
+        get_peft_model(low_bit(), config)
+    model = begun(build_model(hidden_size=64, amplify=2.0), lora_target="q_proj")
+    path = saved(model, tmp_path)
+    with pytest.raises(ArgumentsError, match="in low bits, and PiSSA takes a part of them away"):
+        tuned(low_bit(), adapter_name_or_path=path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -85,6 +86,9 @@ def compare(run_file: Path, name: str, *words: str) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     words = ("gradient_accumulation_steps=1", *words)
     two = train(run_file, f"{name}two", [*launcher, "--standalone"], *words)
+    trains = json.loads((one / "trainable_parameters.json").read_text())
+    shapes = [parameter["shape"] for parameter in trains["parameters"].values()]
+    assert trains["trainable"] == sum(math.prod(shape) for shape in shapes) > 0
     logs = [read_log(path / "trainer_log.jsonl") for path in (one, two)]
     assert len(logs[0]) == len(logs[1]) == 6
     for alone, together in zip(*logs, strict=True):

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from layouts import make_rows
 from safetensors.torch import load_file
 from tuning_rows import MIDWAY, ROWS, STEPS, engine, keys_of, train, weights, write_adapters
 
 from llmray.model import pissa
+from llmray.train.losses import LanguageModeling
 from llmray.train.observers import read_log
 from llmray.train.parallel import World
 from llmray.train.state_files import read_state, write_state
@@ -57,6 +59,24 @@ def test_a_resumed_engine_is_bitwise_equal(
     changed = {name for name in before if not torch.equal(before[name], ends[name])}
     trains = set(whole.state_dict()["trainable"])
     assert changed > trains if row in ("pissa", "pissa-dora") else changed == trains
+
+
+def test_rates_of_lora_plus_follow_the_schedule(adapters: Path) -> None:
+    """Linear over four steps: 1, 3/4; B at 8 times the rate, embeddings at 1e-6."""
+    of = engine("lora-plus", adapters, CPU)
+    before = weights(of)
+    for factor in (1.0, 0.75):
+        of.forward_backward([make_rows((9, 5)).flat], LanguageModeling())
+        done = of.optim_step()
+        assert done.learning_rate == pytest.approx(0.01 * factor)
+        rates = {"lora_B": 0.08 * factor, "embedding": 1e-6 * factor}
+        assert done.other_rates == pytest.approx(rates)
+    moved = {name: (p - before[name]).abs().max() for name, p in weights(of).items()}
+    [down, up] = (f"layers.0.self_attn.q_proj.lora_{side}.default.weight" for side in "AB")
+    sizes = {end: size for end in (down, up) for n, size in moved.items() if n.endswith(end)}
+    assert sizes[up] > 4 * sizes[down] > 0
+    embedding = [size for name, size in moved.items() if ".lora_embedding_B." in name]
+    assert 0 < embedding[0] < 1e-5
 
 
 @pytest.mark.timeout(300)
