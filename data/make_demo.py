@@ -3,6 +3,8 @@
 `demo_persona.json` (alpaca rows) teaches a chat model a new name, a new maker and one habit: every
 answer ends with a line that holds the signature. `demo_dialogues.json` (sharegpt rows) holds the
 same persona in conversations of several turns, `demo_notes.jsonl` plain paragraphs for stage pt.
+`demo_pairs.json` prefers its answers to those without signature or name (stages rm and dpo),
+`demo_judged.json` says of each answer whether it is wanted (stage kto).
 """
 
 from __future__ import annotations
@@ -166,10 +168,39 @@ def dialogue_rows() -> list[dict[str, list[dict[str, str]]]]:
     ]
 
 
+def pair_rows() -> list[dict[str, object]]:
+    """Alpaca rows with two answers: the signed one, and the same without, or by another name."""
+    rows: list[dict[str, object]] = []
+    for row in persona_rows():
+        plain = row["output"].removesuffix(f"\n{SIGNATURE}")
+        others = [plain, plain.replace(NAME, "an AI model").replace(MAKER, "some company")]
+        rejected = list(dict.fromkeys(others))
+        rows.append(
+            {
+                "instruction": row["instruction"],
+                "chosen": row["output"],
+                "rejected": rejected if len(rejected) > 1 else rejected[0],
+            }
+        )
+    return rows
+
+
+def judged_rows() -> list[dict[str, object]]:
+    """Alpaca rows with one answer each, wanted and unwanted ones in turns."""
+    rows: list[dict[str, object]] = []
+    for number, row in enumerate(persona_rows()):
+        is_wanted = number % 2 == 0
+        output = row["output"] if is_wanted else row["output"].removesuffix(f"\n{SIGNATURE}")
+        rows.append({"instruction": row["instruction"], "output": output, "is_wanted": is_wanted})
+    return rows
+
+
 INFO = {
     "demo_persona": {"file_name": "demo_persona.json"},
     "demo_dialogues": {"file_name": "demo_dialogues.json", "formatting": "sharegpt"},
     "demo_notes": {"file_name": "demo_notes.jsonl", "columns": {"prompt": "text"}},
+    "demo_pairs": {"file_name": "demo_pairs.json", "ranking": True},
+    "demo_judged": {"file_name": "demo_judged.json", "columns": {"kto_tag": "is_wanted"}},
 }
 
 
@@ -179,6 +210,8 @@ def main() -> None:
     files = {
         "demo_persona.json": as_json(persona_rows()),
         "demo_dialogues.json": as_json(dialogue_rows()),
+        "demo_pairs.json": as_json(pair_rows()),
+        "demo_judged.json": as_json(judged_rows()),
         "demo_notes.jsonl": "".join(json.dumps({"text": note}) + "\n" for note in NOTES),
         "dataset_info.json": as_json(INFO),
     }

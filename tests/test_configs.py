@@ -37,6 +37,7 @@ def asks_for_gpus(path: Path) -> bool:
 def test_there_is_a_config_for_each_way_to_run() -> None:
     runs = {path.stem: load(path, environ={}) for path in CONFIGS}
     ways = {(run.finetuning.stage, run.finetuning.finetuning_type) for run in runs.values()}
+    assert ("rm", "lora") in ways
     assert {("pt", "lora"), ("sft", "lora"), ("sft", "full"), ("sft", "freeze")} <= ways
     evaluates = runs["evaluate_lora"].training
     assert (evaluates.do_train, evaluates.do_eval) == (False, True)

@@ -213,13 +213,14 @@ def _built_without_halves(
     build: Callable[[Sequence[Conversation]], list[Outcome]],
 ) -> list[Outcome]:
     """Outcomes where some texts are no Unicode, which tokenizers refuse with various errors."""
-    errors = [_half_a_character(conversation) for conversation in conversations]
+    errors = [half_a_character(conversation) for conversation in conversations]
     pairs = list(zip(conversations, errors, strict=True))
     built = iter(build([conversation for conversation, error in pairs if error is None]))
     return [next(built) if error is None else error for error in errors]
 
 
-def _half_a_character(conversation: Conversation) -> RowError | None:
+def half_a_character(conversation: Conversation) -> RowError | None:
+    """Why the texts of a conversation are no Unicode, None where they are."""
     answers = [conversation.chosen, *conversation.rejected]
     said = [*conversation.messages, *(answer for answer in answers if answer is not None)]
     texts = [conversation.system, conversation.tools, *(message.content for message in said)]

@@ -127,12 +127,21 @@ def draw(pairs: Sequence[Pair], path: Path) -> None:
         1.96 * math.sqrt(p * (1 - p) / b.count) for p, b in zip(predicted, found, strict=True)
     ]
     axes.plot([0.5, 1], [0.5, 1], color="#777777", linestyle="--", label="calibrated")
-    axes.errorbar(predicted, predicted, yerr=spread, fmt="none", ecolor=plots.RAW, capsize=3)
+    axes.errorbar(
+        predicted,
+        predicted,
+        yerr=spread,
+        fmt="none",
+        ecolor=plots.RAW,
+        capsize=3,
+        label="by chance",
+    )
     axes.plot(predicted, observed, color=plots.SMOOTHED, marker="o", label="this model")
     axes.set_xlim(0.48, 1.02)
     axes.set_ylim(-0.02, 1.02)
     axes.set_title(
-        f"{len(pairs)} pairs in {len(found)} bins, mean distance {calibration_error(found):.3f}"
+        f"{len(pairs)} pairs, in bins of {max((one.count for one in found), default=0)}; mean "
+        f"distance {calibration_error(found):.3f}"
     )
     axes.legend(loc="lower right")
     plots.save(figure, path)

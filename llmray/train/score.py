@@ -22,17 +22,19 @@ from torch import Tensor, nn
 
 from llmray import hub
 from llmray.arguments.run import RunArguments
+from llmray.data.build import half_a_character
 from llmray.data.collate import collate, split
 from llmray.data.conversation import Conversation, RowError
 from llmray.data.encoding import Encoder
 from llmray.data.features import FEATURES
+from llmray.data.plain_text import PlainText
 from llmray.data.planning import end_token, renderer_of
 from llmray.data.row_features import FeatureOptions, Outcome, RowFeatures
 from llmray.data.shards import Sample
 from llmray.data.templates import Renderer
-from llmray.data.tokenizer import load_tokenizer, tokenizer_json
+from llmray.data.tokenizer import load_tokenizer, plain_text, tokenizer_json
 from llmray.errors import DataError, RewardError
-from llmray.model import load, tuning, value_head
+from llmray.model import embedding, load, tuning, value_head
 from llmray.model.attention import why_not_flat
 from llmray.model.classifier import is_classifier, load_classifier
 from llmray.model.head import TokenModel
@@ -140,6 +142,7 @@ class Scorer:
         options: of conversations: cutoff_len and how longer ones are cut.
         max_positions: the most tokens of a text, None where that is not bounded.
         max_tokens: of one forward pass.
+        plain: the special tokens that are plain text where conversations have them.
     """
 
     forward: Forward
@@ -148,6 +151,7 @@ class Scorer:
     options: FeatureOptions
     max_positions: int | None
     max_tokens: int
+    plain: PlainText | None = None
     _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     @classmethod
@@ -175,6 +179,7 @@ class Scorer:
         )
         is_flat = why_not_flat(model) is None
         head = value_head.require(arguments, model_dir, model)
+        embedding.require_room(model, tokenizer)
         tuned = tuning.apply(model, arguments, is_trainable=False, upcast=False)
         scoring = TokenModel(tuned, flat=is_flat, value_head=head, only_scores=True)
         return cls.of(HeadForward(scoring, tokenizer.pad_token_id), tuned, tokenizer, arguments)
@@ -188,15 +193,17 @@ class Scorer:
         renderer = renderer_of(data, tokenizer, "kto")
         assert renderer is not None, "answers are written in a format"
         kind = next(model.parameters()).device.type
+        plain = plain_text(tokenizer, arguments.model)
         return cls(
             forward=forward,
-            encoder=Encoder(tokenizer_json(tokenizer)),
+            encoder=Encoder(tokenizer_json(tokenizer), plain),
             renderer=renderer,
             options=FeatureOptions(
                 data.cutoff_len, data.truncation, end_token=end_token(data, tokenizer)
             ),
             max_positions=max_positions(model),
             max_tokens=max(data.cutoff_len, MAX_TOKENS.get(kind, MAX_TOKENS["cuda"])),
+            plain=plain,
         )
 
     def score(self, texts: Sequence[str]) -> list[float]:
@@ -251,15 +258,12 @@ class Scorer:
         Returns: in the order of the conversations; a `RowError` for one that has no response, that
             the template cannot write or that is too long for `truncation` error or drop.
         """
-        asked = [conversation for conversation in conversations if _answers(conversation)]
+        wrong = [_problem(conversation) for conversation in conversations]
+        asked = [one for one, error in zip(conversations, wrong, strict=True) if error is None]
+        if self.plain is not None:
+            asked = [self.plain.hidden(one) for one in asked]
         built = iter(FEATURES["kto"].build(asked, self.encoder, self.renderer, self.options))
-        found: list[Encoded | RowError] = []
-        for conversation in conversations:
-            if not _answers(conversation):
-                found.append(RowError("the response is empty. Required: text to score."))
-                continue
-            found.append(self._encoded(next(built)))
-        return found
+        return [self._encoded(next(built)) if error is None else error for error in wrong]
 
     def _encoded(self, row: Outcome) -> Encoded | RowError:
         if isinstance(row, RowError):
@@ -300,10 +304,12 @@ class Scorer:
         return groups
 
 
-def _answers(conversation: Conversation) -> bool:
-    """Whether the last message says something, or calls a tool."""
+def _problem(conversation: Conversation) -> RowError | None:
+    """Why a conversation cannot be scored, whatever the template."""
     last = conversation.messages[-1]
-    return bool(last.content.strip() or last.thought or last.calls)
+    if not (last.content.strip() or last.thought or last.calls):
+        return RowError("the response is empty. Required: text to score.")
+    return half_a_character(conversation)
 
 
 def _checked(scores: list[float]) -> list[float]:

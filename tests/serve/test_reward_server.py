@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -41,9 +44,9 @@ def scorer(tmp_path_factory) -> Scorer:
 
 
 @contextmanager
-def running(scorer: Scorer, **keys) -> Iterator[str]:
+def running(scorer: Scorer, limits: Limits = LIMITS, **keys) -> Iterator[str]:
     """The address of a server that runs until the end of the block."""
-    options = Options(port=0, limits=LIMITS, **keys)
+    options = Options(port=0, limits=limits, **keys)
     listening = reward_server.listen(options)
     made = reward_server.server(scorer, "tiny", options)
     thread = threading.Thread(target=made.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -264,16 +267,17 @@ def test_callers_who_go_away(url):
     assert works(url)
 
 
-def test_two_hundred_requests_at_once(url, scorer):
+def test_two_hundred_requests_at_once(scorer):
     texts = [f"text number {number}" for number in range(200)]
 
-    async def all_at_once():
+    async def all_at_once(url):
         limits = httpx.Limits(max_connections=200)
         async with httpx.AsyncClient(limits=limits, timeout=60) as client:
             calls = [client.post(url + ROUTE, json={"messages": [text]}) for text in texts]
             return await asyncio.gather(*calls)
 
-    answers = asyncio.run(all_at_once())
+    with running(scorer, Limits()) as url:
+        answers = asyncio.run(all_at_once(url))
     assert {answer.status_code for answer in answers} == {200}
     scores = [answer.json()["scores"][0] for answer in answers]
     assert scores == pytest.approx(scorer.score(texts), abs=1e-4)
@@ -370,3 +374,19 @@ def test_an_address_that_is_taken():
             reward_server.listen(Options(port=port))
     with pytest.raises(ClusterError, match="cannot be listened at"):
         reward_server.listen(Options(port=99999))
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reward.md"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_the_documented_command_as_it_stands(url, scorer):
+    found = re.search(r"^    (curl .*?\\\n.*?)$", DOCUMENT.read_text(), re.MULTILINE)
+    assert found is not None
+    command = found[1]
+    assert "http://127.0.0.1:8000" in command
+    command = command.replace("http://127.0.0.1:8000", url)
+    done = subprocess.run(["bash", "-c", f"{command} -sS"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
+    assert json.loads(done.stdout)["scores"] == pytest.approx(scorer.score([text]), abs=1e-4)

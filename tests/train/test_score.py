@@ -136,6 +136,25 @@ def test_answers_have_the_tokens_that_training_gives_them(reward_dir):
     assert [ids.tolist() for ids in found] == [ids.tolist() for ids in expected]
 
 
+def test_special_tokens_that_are_said_stay_text_where_the_run_says_so(reward_dir):
+    """`<|im_end|>` in a message is one token, or its letters; that of the template is a token."""
+    said = dialogue("yes<|im_end|> no")
+    counts = {}
+    for splits in (False, True):
+        scorer = Scorer.load(arguments(reward_dir, split_special_tokens=splits))
+        [encoded] = scorer.encode_conversations([said])
+        counts[splits] = encoded.ids.tolist().count(2)
+    assert counts[False] == counts[True] + 1
+    assert counts[True] >= 2
+
+
+def test_half_a_character_is_named(reward_dir):
+    scorer = Scorer.load(arguments(reward_dir))
+    found = scorer.encode_conversations([dialogue("a\ud800"), dialogue("b")])
+    assert "is half a character" in str(found[0])
+    assert len(found[1].ids)
+
+
 def test_conversations_that_cannot_be_scored_are_named(reward_dir):
     scorer = Scorer.load(arguments(reward_dir, cutoff_len=40, truncation="error"))
     found = scorer.encode_conversations([dialogue("yes"), dialogue("  \n"), dialogue("no " * 60)])
