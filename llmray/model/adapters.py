@@ -26,7 +26,7 @@ from llmray.arguments.run import RunArguments
 from llmray.errors import ArgumentsError, ModelError
 from llmray.model import adapter_files, embedding, pickled, pissa, targets
 from llmray.model.layers import linear_modules
-from llmray.model.quantize import is_low_bit
+from llmray.model.quantize import is_low_bit, require_kind
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,6 +46,7 @@ def create(model: PreTrainedModel, arguments: RunArguments) -> PeftModel:
     from peft import LoraConfig, TaskType, get_peft_model
 
     settings = arguments.finetuning
+    require_kind(model, use_dora=settings.use_dora)
     found = targets.find(model, settings.lora_target)
     if found.parameters:
         _require_plain(settings, found.parameters)
@@ -176,6 +177,7 @@ def _load(
             f"the adapter in {directory} does not fit the model: {' '.join(lines[:2])}. An adapter "
             "of this very model is required: correct adapter_name_or_path or model_name_or_path."
         ) from error
+    require_kind(model, use_dora=config.use_dora)
     _begin_as_saved(tuned, directory, started)
     return tuned
 

@@ -156,6 +156,21 @@ def require_adapter(model: nn.Module, finetuning_type: str) -> None:
         )
 
 
+def require_kind(model: nn.Module, *, use_dora: bool) -> None:
+    """Let low-bit weights have an adapter of a kind that works beside them.
+
+    Raises:
+        ArgumentsError: for DoRA beside 8 bits on a CPU, where peft 0.21 loses the scales.
+    """
+    # transformers says so of bitsandbytes' models alone
+    is_8_bit = bool(getattr(model, "is_loaded_in_8bit", False))
+    if use_dora and is_8_bit and next(model.parameters()).device.type == "cpu":
+        raise ArgumentsError(
+            "use_dora=true beside weights of 8 bits does not work on a CPU: peft loses their "
+            "scales. Write quantization_bit: 4, or remove use_dora."
+        )
+
+
 def num_weights(parameter: nn.Parameter) -> int:
     """How many weights a parameter stands for: packed ones are more than its elements."""
     state = getattr(parameter, "quant_state", None)  # of bitsandbytes' 4-bit parameters

@@ -244,6 +244,41 @@ def test_recomputed_activations_give_the_same_gradients(folders, bits, is_reentr
         torch.testing.assert_close(found[1][name], grad, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("bits", "keys"),
+    [(4, {"use_dora": True}), (4, {"use_rslora": True}), (8, {"use_rslora": True})],
+    ids=str,
+)
+def test_kin_of_lora_beside_low_bits(folders, tmp_path, bits, keys):
+    """An adapter begins where the low bits are, trains, and comes back from its file."""
+    bare = TokenModel(loaded(folders["llama"], quantization_bit=bits), flat=True)
+    of = engine(loaded(folders["llama"], quantization_bit=bits), quantization_bit=bits, **keys)
+    batch = make_rows().flat
+    with torch.no_grad():
+        begun = bare.eval()(batch).logprobs
+    torch.testing.assert_close(of.logprobs(batch).logprobs, begun, atol=1e-3, rtol=0)
+    losses = train(of, 12)
+    assert sum(losses[-2:]) < 0.9 * sum(losses[:2])
+    export.write_weights(of.model.model, tmp_path / "adapter", make_tokenizer(tmp_path))
+    named = {**RUN, "adapter_name_or_path": str(tmp_path / "adapter"), "quantization_bit": bits}
+    low = loaded(folders["llama"], quantization_bit=bits)
+    again = tuning.apply(low, load(named, environ={}), is_trainable=False, upcast=False)
+    with torch.no_grad():
+        found = TokenModel(again, flat=True).eval()(batch).logprobs
+    torch.testing.assert_close(found, of.logprobs(batch).logprobs, atol=1e-5, rtol=0)
+
+
+def test_dora_beside_8_bits_on_a_cpu(folders, tmp_path):
+    with pytest.raises(ArgumentsError, match="use_dora=true beside weights of 8 bits"):
+        engine(loaded(folders["llama"], quantization_bit=8), quantization_bit=8, use_dora=True)
+    of = engine(loaded(folders["llama"], quantization_bit=4), use_dora=True)
+    export.write_weights(of.model.model, tmp_path / "adapter", make_tokenizer(tmp_path))
+    named = {**RUN, "adapter_name_or_path": str(tmp_path / "adapter"), "quantization_bit": 8}
+    low = loaded(folders["llama"], quantization_bit=8)
+    with pytest.raises(ArgumentsError, match="use_dora=true beside weights of 8 bits"):
+        tuning.apply(low, load(named, environ={}), is_trainable=False, upcast=False)
+
+
 def test_pure_bf16_trains_in_bf16(folders):
     model = loaded(folders["llama"], quantization_bit=4, dtype=torch.bfloat16)
     of = engine(model, precision="pure_bf16")
