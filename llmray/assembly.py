@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmray import hub
+from llmray import comparison, hub
 from llmray.arguments.best import best_metric, compares_evaluations
 from llmray.arguments.run import RunArguments
 from llmray.data import prepared
@@ -27,9 +27,9 @@ from llmray.model import embedding, export, kernels, load, tuning, upcast, value
 from llmray.model.attention import causal_lm, why_not_flat
 from llmray.model.fitting import Room, choose_recomputation
 from llmray.model.head import TokenModel, set_balance
-from llmray.train import device_memory, optimizers, precision, schedules
+from llmray.train import device_memory, optimizers, precision, reference, schedules
 from llmray.train.engine import Engine
-from llmray.train.feed import StreamReader, open_feed
+from llmray.train.feed import Feed, StreamReader, open_feed
 from llmray.train.generate import Sampling
 from llmray.train.loop import Cadence, Progress, cadence
 from llmray.train.losses import StageObjective
@@ -135,6 +135,8 @@ class Training:
             "stage": arguments.finetuning.stage,
             "finetuning_type": arguments.finetuning.finetuning_type,
         }
+        if comparison.uses_reference(arguments):
+            identity["reference"] = reference.identity(arguments, context.model_dir)
         return {"identity": identity, "arguments": arguments.flat()}
 
 
@@ -148,7 +150,8 @@ def assemble(arguments: RunArguments, context: Context) -> Training:
     pace = cadence(options, feed.steps_per_epoch)
     recomputes = _needs_checkpointing(arguments, context, feed.lengths, numbers.name)
     resolved = _resolved(arguments, numbers, recomputes=recomputes)
-    model = _token_model(resolved, context, numbers)
+    own = comparison.load_own(resolved, context.model_dir, numbers.load_dtype, world.device)
+    model = _token_model(resolved, context, numbers, flat=comparison.takes_flat_rows(own))
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     engine = Engine(
         model,
@@ -162,15 +165,43 @@ def assemble(arguments: RunArguments, context: Context) -> Training:
     # the same weights on every rank so far; from here on each rank draws its own dropout
     seed_everything(options.seed + world.rank)
     core = _core(resolved, context, engine, feed.evals)
+    comparison.attach(resolved, engine, own)
+    del own
+    known = _reference_known(core, feed, pace)
     pad_id = core.tokenizer.pad_token_id
     return Training(
         core=core,
-        train=feed.reader(world, core.ahead, pace.total_steps, flat=model.flat, pad_id=pad_id),
+        train=feed.reader(
+            world,
+            core.ahead,
+            pace.total_steps,
+            flat=model.flat,
+            pad_id=pad_id,
+            reference=known.get("train"),
+        ),
         cadence=pace,
         progress=Progress(),
         judge=_judge(arguments, engine),
         random=RandomState(),
     )
+
+
+def _reference_known(core: Core, feed: Feed, pace: Cadence) -> dict[str, np.ndarray]:
+    """What the reference says of all rows, where it is asked before training."""
+    comparison.say_weights(core.arguments, feed.table)
+    if feed.table is None:
+        return {}
+    known = comparison.known_beforehand(
+        core.arguments,
+        core.engine,
+        core.context.prepared,
+        {"train": core.rows(feed.table), **core.evals},
+        model_dir=core.context.model_dir,
+        ahead=core.ahead,
+        sees_rows_again=pace.total_steps > feed.steps_per_epoch,
+    )
+    core.evals |= comparison.with_known(core.evals, known)
+    return known
 
 
 def assemble_evaluation(arguments: RunArguments, context: Context) -> Core:
@@ -186,16 +217,19 @@ def assemble_evaluation(arguments: RunArguments, context: Context) -> Core:
         gradient_checkpointing=False,
         cutoff_len=resolved.data.cutoff_len,
     )
-    reason = why_not_flat(loaded)
     scores = STAGES[arguments.finetuning.stage].scores
     head = value_head.require(resolved, context.model_dir, loaded) if scores else None
-    tuned = tuning.apply(loaded, resolved, is_trainable=False, upcast=False)
+    own = comparison.load_own(resolved, context.model_dir, numbers.load_dtype, context.world.device)
+    flat = why_not_flat(loaded) is None and comparison.takes_flat_rows(own)
+    keeps_last = comparison.uses_reference(resolved) and own is None
+    tuned = tuning.apply(loaded, resolved, is_trainable=False, upcast=False, keeps_last=keeps_last)
     _adjust(tuned, resolved)
     engine = Engine.for_evaluation(
-        TokenModel(tuned, flat=reason is None, value_head=head, only_scores=scores),
+        TokenModel(tuned, flat=flat, value_head=head, only_scores=scores),
         world=context.world,
         precision=numbers,
     )
+    comparison.attach_to_evaluation(resolved, engine, own)
     assert isinstance(context.prepared, PreparedRef), "a stream is trained on"
     return _core(resolved, context, engine, prepared.open(context.prepared).eval)
 
@@ -249,7 +283,7 @@ def _judge(arguments: RunArguments, engine: Engine) -> Judge:
 
 
 def _token_model(
-    arguments: RunArguments, context: Context, numbers: precision.Precision
+    arguments: RunArguments, context: Context, numbers: precision.Precision, *, flat: bool
 ) -> TokenModel:
     """The model on its device, tuned as asked for; equal on all ranks."""
     keeps_float32 = _trains_own_weights(arguments)
@@ -275,7 +309,8 @@ def _token_model(
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(numbers.load_dtype)
     _adjust(tuned, arguments)
-    return TokenModel(tuned, flat=reason is None, value_head=head, only_scores=scores)
+    flat = flat and reason is None
+    return TokenModel(tuned, flat=flat, value_head=head, only_scores=scores)
 
 
 def _value_head(

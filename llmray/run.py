@@ -28,6 +28,7 @@ from llmray.model import tuning
 from llmray.train import checkpoint, device_memory
 from llmray.train.artefacts import Artefacts
 from llmray.train.loop import Loop, Outcome, Progress, fit
+from llmray.train.losses import LearningObjective
 from llmray.train.observers import JsonLines, Observer
 from llmray.train.parallel import set_npu_mode
 from llmray.train.plots import Plots
@@ -187,6 +188,8 @@ def _resume(training: Training) -> int:
     training.progress.load_state_dict(state["progress"])
     training.train.batches.load_state_dict(state["batches"])
     training.judge.load_state_dict(state["judge"])
+    if isinstance(training.core.objective, LearningObjective):
+        training.core.objective.load_state_dict(state["objective"])
     if not context.world.is_main:
         # the sums since the last log were reduced to rank 0 when the checkpoint was made
         training.progress.loss_sum, training.progress.metric_sums = 0.0, {}
@@ -254,6 +257,8 @@ def _save(training: Training, files: Artefacts, step: int) -> str:
         "batches": training.train.batches.state_dict(),
         "judge": training.judge.state_dict(),
     }
+    if isinstance(core.objective, LearningObjective):
+        replicated["objective"] = core.objective.state_dict()
     return checkpoint.save(
         core.context.run_dir,
         step,

@@ -155,8 +155,18 @@ def write_data(directory: Path, first: int) -> None:
             ]
         }
     ]
+    pairs = [
+        {"instruction": f"Say {i}.", "chosen": "word " * i, "rejected": "no " * (8 - i // 2)}
+        for i in range(first, first + 8)
+    ]
+    judged = [
+        {"instruction": f"Say {i}.", "output": "word " * i, "kto_tag": i % 3 > 0}
+        for i in range(first, first + 8)
+    ]
     sets = {
         "short": short,
+        "pairs": pairs,
+        "judged": judged,
         "other": short[:6],
         "turns": turns,
         "text": text,
@@ -169,6 +179,8 @@ def write_data(directory: Path, first: int) -> None:
     info["turns"]["formatting"] = "sharegpt"
     info["tools"]["formatting"] = info["thoughts"]["formatting"] = "openai"
     info["text"]["columns"] = {"prompt": "text"}
+    info["pairs"]["ranking"] = True
+    info["judged"]["columns"] = {"kto_tag": "kto_tag"}
     for name, rows in {**sets, "dataset_info": info}.items():
         (directory / f"{name}.json").write_text(json.dumps(rows))
 
@@ -271,6 +283,9 @@ LORAPLUS = {"loraplus_lr_ratio": 2.0, "lora_target": "embed_tokens,q_proj"}
 WIDE = {"model_name_or_path": "@wide_model"}  # 4-bit rows are whole blocks
 FOUR_BITS = {**WIDE, "quantization_bit": 4}
 DESCRIBED = {"new_special_tokens_config": "@one.yaml", "init_special_tokens": "desc_init"}
+PAIRS = {"stage": "dpo", "dataset": "pairs", "lora_dropout": 0.0}
+JUDGED = {"stage": "kto", "dataset": "judged"}
+LOW_BIT_REFERENCE = {**PAIRS, **WIDE, "ref_model": "@wide_model"}
 ADAPTER = {"adapter_name_or_path": "@adapter", "lora_rank": 3}
 
 ROWS: dict[str, Row] = {
@@ -309,6 +324,18 @@ ROWS: dict[str, Row] = {
     "enable_thinking": Row(True, False, keys=THOUGHTS),
     "preserve_thinking": Row(False, True, keys={**THOUGHTS, "mask_history": True}),
     "stage": Row("sft", "pt"),
+    "pref_beta": Row(0.1, 0.5, keys=PAIRS),
+    "pref_ftx": Row(0.0, 1.0, keys=PAIRS),
+    "pref_bco_weight": Row(0.0, 1.0, keys=PAIRS),
+    "pref_loss": Row("sigmoid", "ipo", keys=PAIRS),
+    "dpo_label_smoothing": Row(0.0, 0.3, keys=PAIRS),
+    "ld_alpha": Row(..., 0.5, keys=PAIRS),
+    "simpo_gamma": Row(0.5, 1.5, keys={**PAIRS, "pref_loss": "simpo"}),
+    "kto_chosen_weight": Row(1.0, 2.0, keys=JUDGED),
+    "kto_rejected_weight": Row(1.0, 2.0, keys=JUDGED),
+    "ref_model": Row(..., "@other_model", keys=PAIRS),
+    "ref_model_adapters": Row(..., "@adapter", keys=PAIRS),
+    "ref_model_quantization_bit": Row(..., 4, keys=LOW_BIT_REFERENCE),
     "finetuning_type": Row("lora", "freeze", files),
     "pure_bf16": Row(False, True, tensors, {"fp32": ...}),
     "disable_shuffling": Row(False, True),
@@ -668,7 +695,14 @@ def place_of_data(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> str:
     return prepared.ensure(site.arguments(keys), site.root / "model", root=root).path
 
 
+def keeps_reference(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> bool:
+    """Whether what the reference says lies beside the prepared data."""
+    site.train({**PAIRS, "cutoff_len": 61, **keys})
+    return bool(list((site.root / "prepared").glob("*.reference-*")))
+
+
 SEEN: dict[str, tuple[Any, Any, Seen]] = {
+    "precompute_ref_logps": (False, True, keeps_reference),
     "tokenized_path": (..., "@kept-here", place_of_data),
     "resize_vocab": (False, True, goes_with_more_tokens),
     "device_map": ({"": "cpu"}, {"": 0}, goes),

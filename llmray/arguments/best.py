@@ -52,6 +52,7 @@ def evaluation_metrics(arguments: RunArguments) -> tuple[str, ...]:
         kinds.append("accuracy")
     if arguments.training.predict_with_generate:
         kinds += SCORES
+    kinds += _preference_metrics(arguments)
     prefixes = ["eval"]
     if arguments.data.eval_on_each_dataset:
         prefixes += [f"eval_{name}" for name in arguments.data.eval_dataset]
@@ -62,6 +63,18 @@ def evaluation_metrics(arguments: RunArguments) -> tuple[str, ...]:
         for kind in kinds
         if len(prefixes) == 1 or prefix != "eval" or kind not in SCORES
     )
+
+
+def _preference_metrics(arguments: RunArguments) -> list[str]:
+    """What stages dpo and kto log beside the loss."""
+    stage, loss = arguments.finetuning.stage, arguments.rlhf.pref_loss
+    if stage not in ("dpo", "kto"):
+        return []
+    found = [f"{name}/{side}" for name in ("rewards", "logps") for side in ("chosen", "rejected")]
+    found += ["rewards/margins"]
+    found += ["rewards/accuracies"] if stage == "dpo" else []
+    has_reference = stage == "kto" or loss not in ("orpo", "simpo")
+    return [*found, "kl", "chosen_falls"] if has_reference else found
 
 
 def best_metric_is_logged(arguments: RunArguments) -> Iterator[Problem]:

@@ -43,8 +43,8 @@ _REMOVE = "Remove it, or set it to its default."
 NOT_BUILT: dict[str, Gap] = {
     # stages and methods
     "stage": Gap(
-        "Of the stages only pt, sft and rm are built yet. Use one of these.",
-        only("pt", "sft", "rm"),
+        "Stage ppo is not built yet. Use one of the others.",
+        only("pt", "sft", "rm", "dpo", "kto"),
     ),
     "finetuning_type": Gap(
         "Orthogonal fine-tuning is not built yet. Use lora, freeze or full.",
@@ -76,21 +76,6 @@ NOT_BUILT: dict[str, Gap] = {
         "hyper_parallel_cp_size",
     ),
     # preference and reinforcement learning
-    **_family(
-        f"Preference training is not built yet. {_REMOVE}",
-        "pref_beta",
-        "pref_ftx",
-        "pref_bco_weight",
-        "pref_loss",
-        "dpo_label_smoothing",
-        "ld_alpha",
-        "kto_chosen_weight",
-        "kto_rejected_weight",
-        "simpo_gamma",
-        "ref_model",
-        "ref_model_adapters",
-        "ref_model_quantization_bit",
-    ),
     **_family(
         f"Training by reward is not built yet. {_REMOVE}",
         "ppo_buffer_size",
@@ -430,13 +415,7 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
     ),
     Combination(
         ("pissa_init", "stage"),
-        lambda flat: (
-            flat["pissa_init"]
-            and (
-                flat["stage"] in ("ppo", "kto")
-                or (flat["stage"] == "dpo" and flat["pref_loss"] not in ("orpo", "simpo"))
-            )
-        ),
+        lambda flat: flat["pissa_init"] and flat["stage"] == "ppo",
         "PiSSA where the reference is the model without its adapter is not built yet. Remove "
         "pissa_init.",
     ),

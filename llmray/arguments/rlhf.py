@@ -23,7 +23,7 @@ class RlhfArguments(Group):
         0.0, ge=0, description="Weight of the supervised loss on chosen responses."
     )
     pref_bco_weight: Float = Field(
-        0.0, ge=0, description="Weight of the binary classifier loss (MPO)."
+        0.0, ge=0, description="Weight of the binary classifier loss beside that of pairs (MPO)."
     )
     pref_loss: Literal["sigmoid", "hinge", "ipo", "kto_pair", "orpo", "simpo"] = Field(
         "sigmoid", description="Loss of stage dpo; orpo and simpo need no reference."
@@ -100,11 +100,22 @@ class RlhfArguments(Group):
     )
     ref_model: str | None = Field(
         None,
-        description="Reference model of dpo and ppo. Not given: the policy as it was at the start.",
+        description="Reference model of dpo, kto and ppo. Not given: the policy as it was at the "
+        "start.",
     )
-    ref_model_adapters: Names = Field((), description="Adapters merged into the reference model.")
+    ref_model_adapters: Names = Field(
+        (),
+        description="Adapters merged into the reference model; into the run's own where ref_model "
+        "is not given.",
+    )
     ref_model_quantization_bit: Bits | None = Field(
         None, description="Bits per weight of the reference model."
+    )
+    precompute_ref_logps: Literal["auto"] | bool = Field(
+        "auto",
+        description="Whether the reference's log-probabilities are computed once for all rows, "
+        "kept beside the prepared data, and its memory given back: true, false, or auto, which "
+        "does so where rows are seen more than once or they are kept already.",
     )
     reward_model: str | None = Field(
         None,

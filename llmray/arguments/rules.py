@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from llmray.arguments.best import BEST_RULES
 from llmray.arguments.derived import DERIVED_RULES
 from llmray.arguments.method_rules import METHOD_RULES, Rule
+from llmray.arguments.preference_rules import PREFERENCE_RULES
 from llmray.arguments.problems import Problem, given, shown
 from llmray.arguments.reward_rules import REWARD_RULES
 from llmray.arguments.settings import SETTINGS_RULES
@@ -447,6 +448,7 @@ RULES: tuple[Rule, ...] = (
     resources_are_amounts,
     *METHOD_RULES,
     *REWARD_RULES,
+    *PREFERENCE_RULES,
     *SETTINGS_RULES,
     *DERIVED_RULES,
     *BEST_RULES,

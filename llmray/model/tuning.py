@@ -23,7 +23,12 @@ log = getLogger("llmray")
 
 
 def apply(
-    model: PreTrainedModel, arguments: RunArguments, *, is_trainable: bool, upcast: bool
+    model: PreTrainedModel,
+    arguments: RunArguments,
+    *,
+    is_trainable: bool,
+    upcast: bool,
+    keeps_last: bool = False,
 ) -> nn.Module:
     """`model` ready to train as `finetuning_type` says, or to answer.
 
@@ -32,6 +37,7 @@ def apply(
         arguments: of the run.
         is_trainable: False merges every adapter into the model, of which nothing trains.
         upcast: keep what trains in float32, whatever the dtype of the rest.
+        keeps_last: where nothing trains, do not merge the last adapter, which can be switched off.
 
     Raises:
         ArgumentsError: if a key names a module that the model does not have.
@@ -40,6 +46,9 @@ def apply(
     model.requires_grad_(False)
     names = arguments.model.adapter_name_or_path
     if not is_trainable:
+        if names and keeps_last:
+            base = adapters.merge(model, names[:-1], arguments.model)
+            return adapters.beside(base, names[-1], arguments.model)
         return adapters.merge(model, names, arguments.model)
     quantize.require_adapter(model, arguments.finetuning.finetuning_type)
     tuned = TUNING[arguments.finetuning.finetuning_type](model, arguments)

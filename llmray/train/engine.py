@@ -7,10 +7,10 @@ split.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,20 @@ from llmray.errors import CheckpointError
 from llmray.model import pissa
 from llmray.model.head import TokenModel, TokenOutput
 from llmray.train.generate import Response, Sampling, generate
-from llmray.train.losses import Objective
+from llmray.train.losses import Objective, StepObjective, sums_by_sample
 from llmray.train.parallel import World
 from llmray.train.precision import Precision
 from llmray.train.schedules import ByStep, Schedule
+
+AnyObjective = TypeVar("AnyObjective", bound=Objective)
+
+
+class Reference(Protocol):
+    """What answers as the reference of a run."""
+
+    def at_work(self, policy: TokenModel) -> AbstractContextManager[TokenModel]:
+        """Inside, the model that is given answers as the reference; the policy does not train."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,9 @@ class Engine:
         world: this rank among all.
         precision: the arithmetic.
         max_grad_norm: clip threshold of the global gradient norm; 0 does not clip.
+
+    Attributes:
+        reference: what the policy is compared with, where something is.
     """
 
     def __init__(
@@ -85,6 +98,7 @@ class Engine:
         self._trainable = dict(trainable)
         self._optimizer = optimizer or torch.optim.SGD([torch.zeros(1)])
         self.schedule = schedule
+        self.reference: Reference | None = None
         self._base_rates = [group["lr"] for group in self._optimizer.param_groups]
         self._max_grad_norm = max_grad_norm
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=precision.scales_loss)
@@ -117,15 +131,16 @@ class Engine:
             raise ValueError("no rank has a target in this step")
         if self._start is not None:
             self._start.begin(self.model.model, self.world.broadcast)
+        micro_batches = [self.referenced(batch.to(device)) for batch in micro_batches]
+        objective = self.informed(objective, micro_batches, learns=True)
         self._wrapped.train()
         loss = torch.zeros((), device=device)
         metrics: dict[str, Tensor] = {}
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             with self._reduces(is_last), self.precision.context(device):
-                moved = batch.to(device)
-                output: TokenOutput = self._wrapped(moved, entropy=entropy)
-                part = objective(output, moved)
+                output: TokenOutput = self._wrapped(batch, entropy=entropy)
+                part = objective(output, batch)
                 summed = part.loss
                 if output.aux_loss is not None:  # a mean of its own: weighted by the batch's units
                     summed = summed + output.aux_loss * objective.count(batch)
@@ -175,6 +190,49 @@ class Engine:
                 batch.to(self.world.device), entropy=entropy, top1=top1
             )
         return output
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        """The reference's log-probabilities at `batch`'s targets, (n,); there must be a reference.
+
+        That is `ref_model`, or the policy as it was when the run first started: callers never ask.
+        """
+        assert self.reference is not None
+        self.model.eval()
+        with (
+            self.reference.at_work(self.model) as model,
+            self.precision.context(self.world.device),
+        ):
+            output: TokenOutput = model(batch.to(self.world.device))
+        return output.logprobs
+
+    def referenced(self, batch: Batch) -> Batch:
+        """`batch` with what the reference says of its samples, where that is not known yet."""
+        if self.reference is None:
+            return batch
+        mismatched, sums = batch.mismatched, batch.reference
+        if sums is None:
+            sums = sums_by_sample(self.reference_logprobs(batch), batch)
+        if mismatched is not None:
+            mismatched = self.referenced(mismatched)
+        return replace(batch, reference=sums, mismatched=mismatched)
+
+    def informed(
+        self, objective: AnyObjective, batches: Iterable[Batch], *, learns: bool
+    ) -> AnyObjective:
+        """`objective` with what it reads of a whole step; a collective call where it reads any.
+
+        Args:
+            objective: of the step.
+            batches: all of this rank, on its device.
+            learns: whether it is a step of training.
+        """
+        if not isinstance(objective, StepObjective) or not objective.needs_statistics:
+            return objective
+        parts = [objective.statistics(b, lambda of: self.logprobs(of).logprobs) for b in batches]
+        sums = self.world.sum(torch.stack([part.cpu() for part in parts]).sum(0).tolist())
+        informed: AnyObjective = objective.informed(sums, learns=learns)
+        return informed
 
     def generate(
         self,

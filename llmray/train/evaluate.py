@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import add
 
+from llmray.batch import Batch
 from llmray.data.batches import Batches
 from llmray.train.engine import Engine
 from llmray.train.losses import StageObjective
@@ -94,23 +95,33 @@ def _sums(
     accuracy: bool,
     ahead: Ahead,
 ) -> _Sums:
+    def batches() -> Iterator[Batch]:
+        return _batches(engine, rows, per_device, ahead)
+
+    # what is no sum over units is taken over the whole table, whatever the batches
+    objective = engine.informed(objective, batches(), learns=False)
+    mine = _Sums()
+    for batch in batches():
+        output = engine.logprobs(batch, top1=accuracy)
+        part = objective(output, batch)
+        right = 0.0 if output.is_top1 is None else output.is_top1.sum().item()
+        targets = batch.targets.numel() if accuracy else 0
+        parts = {name: value.item() for name, value in part.metrics.items()}
+        units = objective.count(batch)
+        mine = mine + _Sums(part.loss.item(), units, right, targets, parts)
+    # every rank has a batch, be it an empty one: all have the same names
+    loss, count, right_ones, num, *others = engine.world.sum([*mine.plain, *mine.others.values()])
+    return _Sums(loss, count, right_ones, num, dict(zip(mine.others, others, strict=True)))
+
+
+def _batches(engine: Engine, rows: Rows, per_device: int, ahead: Ahead) -> Iterator[Batch]:
+    """The batches of this rank, with what the reference says of them."""
     world = engine.world
-    batches = Batches(
+    plan = Batches(
         rows.table.lengths, per_device, 1, world.world_size, world.rank, seed=0, order="sequential"
     )
-    reader = Reader(rows, batches, ahead, batches.steps_per_epoch)
-    mine = _Sums()
-    for step in range(batches.steps_per_epoch):
-        for read in reader.step(step):
-            batch = read.to(world.device)
-            output = engine.logprobs(batch, top1=accuracy)
-            part = objective(output, batch)
-            right = 0.0 if output.is_top1 is None else output.is_top1.sum().item()
-            targets = batch.targets.numel() if accuracy else 0
-            parts = {name: value.item() for name, value in part.metrics.items()}
-            units = objective.count(batch)
-            mine = mine + _Sums(part.loss.item(), units, right, targets, parts)
+    reader = Reader(rows, plan, ahead, plan.steps_per_epoch)
+    for step in range(plan.steps_per_epoch):
+        for batch in reader.step(step):
+            yield engine.referenced(batch.to(world.device))
     reader.close()
-    # every rank has a batch, be it an empty one: all have the same names
-    loss, count, right_ones, num, *others = world.sum([*mine.plain, *mine.others.values()])
-    return _Sums(loss, count, right_ones, num, dict(zip(mine.others, others, strict=True)))

@@ -48,13 +48,23 @@ class Feed:
     table: Table | None = None  # None: it is a stream
 
     def reader(
-        self, world: World, ahead: Ahead, last_step: int, *, flat: bool, pad_id: int
+        self,
+        world: World,
+        ahead: Ahead,
+        last_step: int,
+        *,
+        flat: bool,
+        pad_id: int,
+        reference: np.ndarray | None = None,
     ) -> Reader | StreamReader:
-        """The micro-batches of each step of this rank, in the layout that the model takes."""
+        """The micro-batches of each step of this rank, in the layout that the model takes.
+
+        `reference` is what is known of it beforehand: see `Rows`.
+        """
         if isinstance(self.batches, Stream):
             return StreamReader(self.batches, self.steps_per_epoch, ahead, flat=flat, pad_id=pad_id)
         assert self.table is not None
-        rows = Rows(self.table, flat=flat, pad_id=pad_id)
+        rows = Rows(self.table, flat=flat, pad_id=pad_id, reference=reference)
         if rows.splits:
             log.info(
                 "packing: the model takes no flat rows; the rows of a bin are padded, each apart"

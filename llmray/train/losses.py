@@ -5,10 +5,11 @@ Shape suffixes: n targets of a batch, P pairs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,6 +47,52 @@ class StageObjective(Objective, Protocol):
     def described(self, means: Mapping[str, float]) -> dict[str, float]:
         """Metrics as they are logged, from those of `LossOutput` as means over units."""
         ...
+
+
+@runtime_checkable
+class StepObjective(Protocol):
+    """What an objective has that reads something of the whole step, no sum over its units.
+
+    Before the first backward pass the engine adds `statistics` of all micro-batches of all ranks
+    up, without gradient, and goes on with what `informed` gives.
+    """
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether it does read something."""
+        ...
+
+    def statistics(self, batch: Batch, logprobs: Callable[[Batch], Tensor]) -> Tensor:
+        """What is added up, (k,) float64.
+
+        Args:
+            batch: with the reference's log-probabilities.
+            logprobs: the policy's at the targets of a batch, (n,).
+        """
+        ...
+
+    def informed(self, sums: Sequence[float], *, learns: bool) -> Objective:
+        """The objective of the step; `learns` says whether it is one of training."""
+        ...
+
+
+@runtime_checkable
+class LearningObjective(Protocol):
+    """What an objective has that learns something itself, which checkpoints keep."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learned."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put that back."""
+        ...
+
+
+def sums_by_sample(values: Tensor, batch: Batch) -> Tensor:
+    """Values of the n targets of a batch added up by sample, (num_samples,) float64."""
+    sums = torch.zeros(batch.num_samples, dtype=torch.float64, device=values.device)
+    return sums.index_add(0, batch.target_sample, values.double())
 
 
 class LanguageModeling:

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from llmray.batch import Batch
@@ -21,11 +22,16 @@ from llmray.train.parallel import World
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a table, or its bins, as batches in the layout that the model takes."""
+    """Rows of a table, or its bins, as batches in the layout that the model takes.
+
+    `reference` holds what the reference says of each row, (num_rows, 2) float64, where that is
+    known: of its two answers, or of its answer and the mismatched one.
+    """
 
     table: Table
     flat: bool
     pad_id: int
+    reference: np.ndarray | None = None
 
     @property
     def splits(self) -> bool:
@@ -34,7 +40,14 @@ class Rows:
 
     def batch(self, indices: np.ndarray) -> Batch:
         """One micro-batch of these rows; no rows give one token without a target."""
-        return replace(self._collate(self._samples(indices)), rows=tuple(indices.tolist()))
+        made = replace(self._collate(self._samples(indices)), rows=tuple(indices.tolist()))
+        if self.reference is None or not len(indices):
+            return made
+        values = torch.from_numpy(self.reference[indices])  # (R, 2)
+        if made.mismatched is None:
+            return replace(made, reference=values.reshape(-1))
+        mismatched = replace(made.mismatched, reference=values[:, 1])
+        return replace(made, reference=values[:, 0], mismatched=mismatched)
 
     def batches(self, indices: np.ndarray) -> list[Batch]:
         """One micro-batch of these rows; several, none larger than the bins, where it `splits`."""

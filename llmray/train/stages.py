@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from llmray.arguments.run import RunArguments
 from llmray.train.losses import LanguageModeling, RewardModeling, StageObjective
+from llmray.train.preference import REFERENCE_FREE, Judged, Preference
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,22 @@ def _reward_modeling(arguments: RunArguments) -> StageObjective:
     return RewardModeling()
 
 
+def _preference(arguments: RunArguments) -> StageObjective:
+    return Preference(arguments.rlhf)
+
+
+def _judged(arguments: RunArguments) -> StageObjective:
+    return Judged(arguments.rlhf)
+
+
+def _compares(arguments: RunArguments) -> bool:
+    return arguments.rlhf.pref_loss not in REFERENCE_FREE
+
+
 STAGES: dict[str, Stage] = {
     "pt": Stage(objective=_language_modeling, best=("eval_loss", "min")),
     "sft": Stage(objective=_language_modeling, best=("eval_loss", "min")),
     "rm": Stage(objective=_reward_modeling, best=("eval_loss", "min"), scores=True),
+    "dpo": Stage(_preference, best=("eval_loss", "min"), uses_reference=_compares),
+    "kto": Stage(_judged, best=("eval_loss", "min"), uses_reference=lambda arguments: True),
 }

@@ -58,12 +58,15 @@ use_ray ray_run_name ray_storage_path ray_num_workers resources_per_worker place
 ray_init_kwargs ray_max_failures master_addr master_port
 do_sample temperature top_p top_k num_beams max_length max_new_tokens repetition_penalty
 length_penalty skip_special_tokens use_kv_cache
+pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing ld_alpha simpo_gamma
+kto_chosen_weight kto_rejected_weight
+ref_model ref_model_adapters ref_model_quantization_bit precompute_ref_logps
 predict_with_generate eval_num_beams generation_max_length generation_num_beams
 """
 
 # Keys of which some values work.
 PARTLY = {
-    "stage": (["pt", "sft", "rm"], ["ppo", "dpo", "kto"]),
+    "stage": (["pt", "sft", "rm", "dpo", "kto"], ["ppo"]),
     "finetuning_type": (["full", "freeze", "lora"], ["oft"]),
     "optim": (
         ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"],
@@ -177,7 +180,7 @@ COMBINED = {
         "quantization_bit": 4,
     },
     ("pissa_init", "quantization_bit"): {"pissa_init": True, "quantization_bit": 4},
-    ("pissa_init", "stage"): {"pissa_init": True, "stage": "kto"},
+    ("pissa_init", "stage"): {"pissa_init": True, "stage": "ppo"},
     ("use_dora", "quantization_method"): {
         "use_dora": True,
         "quantization_bit": 8,

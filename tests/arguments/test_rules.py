@@ -225,6 +225,36 @@ CASES = {
     "smoothing_of_sigmoid": [
         ({"dpo_label_smoothing": 0.1, "pref_loss": "ipo"}, {"pref_loss": "sigmoid"}, "ipo")
     ],
+    "preference_keys_have_their_stage": [
+        ({key: value, "stage": "sft"}, {"stage": stage}, f"it is for stage {said}")
+        for key, value, stage, said in (
+            ("pref_beta", 0.5, "kto", "dpo or kto"),
+            ("pref_loss", "ipo", "dpo", "dpo."),
+            ("kto_chosen_weight", 2.0, "kto", "kto."),
+            ("ref_model", "m", "ppo", "dpo or kto or ppo"),
+            ("precompute_ref_logps", True, "dpo", "dpo or kto"),
+        )
+    ],
+    "losses_read_their_keys": [
+        (
+            {"stage": "dpo", "pref_loss": loss, key: value},
+            {"pref_loss": "sigmoid"},
+            f"pref_loss={loss}: this loss compares with no reference",
+        )
+        for loss, key, value in (
+            ("orpo", "ref_model", "m"),
+            ("simpo", "ref_model_adapters", ("a",)),
+            ("orpo", "precompute_ref_logps", True),
+            ("simpo", "pref_bco_weight", 1.0),
+        )
+    ]
+    + [({"stage": "dpo", "simpo_gamma": 1.0}, {"pref_loss": "simpo"}, "margin of the simpo loss")],
+    "bits_of_a_reference_of_its_own": [
+        ({"ref_model_quantization_bit": 4}, {"ref_model": "m"}, "without ref_model")
+    ],
+    "streams_know_no_rows": [
+        ({"precompute_ref_logps": True, "streaming": True}, {"streaming": False}, "kept by row")
+    ],
     "one_supervised_loss": [
         ({"use_dft_loss": True, "use_eaft_loss": True}, {"use_dft_loss": False}, "use_dft_loss")
     ],
