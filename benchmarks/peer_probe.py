@@ -49,7 +49,8 @@ def install():
         self.add_callback(self.stopwatch)
 
     def counted_step(self, model, inputs, *args, **kwargs):
-        self.stopwatch.tokens += int(inputs["attention_mask"].sum())
+        masks = [value for name, value in inputs.items() if name.endswith("attention_mask")]
+        self.stopwatch.tokens += sum(int(mask.sum()) for mask in masks)
         return step(self, model, inputs, *args, **kwargs)
 
     Trainer.__init__, Trainer.training_step = timed_build, counted_step
