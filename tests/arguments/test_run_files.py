@@ -66,11 +66,11 @@ LOADS = {
     "chat": "model_name_or_path: org/Some-4B\nadapter_name_or_path: saves/run\ntemplate: llama3\n"
     "infer_backend: huggingface\ntrust_remote_code: true\n",
     "rm": COMMON + "stage: rm\n",
+    "dpo": COMMON + "stage: dpo\npref_beta: 0.1\npref_loss: sigmoid\n",
+    "kto": COMMON + "stage: kto\npref_beta: 0.1\n",
 }
 LOADS["remote data"] = LOADS["sft"] + "dataset_dir: REMOTE:org/demo_data\n"
 FAILS = {
-    "dpo": COMMON + "stage: dpo\npref_beta: 0.1\npref_loss: sigmoid\n",
-    "kto": COMMON + "stage: kto\npref_beta: 0.1\n",
     "ppo": COMMON + "stage: ppo\nreward_model: saves/reward\nmax_new_tokens: 512\ntop_k: 0\n"
     "top_p: 0.9\n",
     "deepspeed": COMMON + "deepspeed: examples/deepspeed/ds_z3_config.json\n",
