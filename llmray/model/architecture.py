@@ -44,7 +44,8 @@ class Decoder:
     """The sizes that the memory of a decoder follows from; all counts of values.
 
     `query`, `key` and `value` are the widths of all heads together; `num_norms` those of one layer
-    over the hidden size; `experts` are None in a dense model.
+    over the hidden size; `copies_of_scores` how many float32 matrices of scores a head keeps, where
+    attention has dropout, caps or sinks; `experts` are None in a dense model.
     """
 
     model_type: str
@@ -60,7 +61,7 @@ class Decoder:
     is_tied: bool
     num_norms: int
     has_normed_heads: bool
-    drops_attention: bool
+    copies_of_scores: int
     experts: Experts | None
 
 
@@ -125,8 +126,7 @@ def decoder(config: Mapping[str, Any]) -> Decoder:
         is_tied=bool(is_tied) if is_tied is not None else kind.startswith(("gemma", "gpt2")),
         num_norms=4 if kind in BOTH_SIDES else 2,
         has_normed_heads=kind in NORMED_HEADS,
-        drops_attention=float(_find(text, "attention_dropout") or (0.1 if kind == "gpt2" else 0))
-        > 0,
+        copies_of_scores=_copies_of_scores(text, kind),
         experts=_experts(text),
     )
 
@@ -153,6 +153,20 @@ def formats(directory: Path | str) -> frozenset[str]:
     """
     return frozenset(
         entry["dtype"]
+        for path in Path(directory).glob("*.safetensors")
+        for name, entry in _header(path).items()
+        if name != "__metadata__"
+    )
+
+
+def stored_bytes(directory: Path | str) -> int:
+    """Bytes of all tensors in the safetensors files of a folder.
+
+    Raises:
+        ModelError: if a header is damaged.
+    """
+    return sum(
+        entry["data_offsets"][1] - entry["data_offsets"][0]
         for path in Path(directory).glob("*.safetensors")
         for name, entry in _header(path).items()
         if name != "__metadata__"
@@ -226,6 +240,14 @@ def _layer(model: Decoder) -> Shapes:
             found[f"mlp.shared_expert.{name}.weight"] = (experts.shared, hidden)
         found["mlp.shared_expert.down_proj.weight"] = (hidden, experts.shared)
     return found
+
+
+def _copies_of_scores(text: Mapping[str, Any], kind: str) -> int:
+    dropout = _find(text, "attention_dropout")
+    if dropout if dropout is not None else kind == "gpt2":
+        return 3  # the weights, their mask, the weights after it
+    is_capped = text.get("attn_logit_softcapping") is not None
+    return 3 if is_capped else 2 if kind == "gpt_oss" else 0
 
 
 def _experts(text: Mapping[str, Any]) -> Experts | None:

@@ -9,9 +9,8 @@ What autograd keeps of a layer is counted term by term, as transformers' decoder
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from llmray.arguments.finetuning import FinetuningArguments
@@ -25,16 +24,16 @@ from llmray.model.architecture import (
     is_expert,
     is_linear,
     layer_of,
-    module_of,
     read_config,
     shapes,
     shapes_of,
+    stored_bytes,
 )
+from llmray.model.trained import Trained, what_trains
 
 CHUNK = {"cpu": 96 << 20, "cuda": 512 << 20}  # logits that the loss holds at once, in bytes
 ERROR = 0.15  # of the peak, by which an estimate may be wrong
-# of a process on a CPU: what glibc holds beside live tensors, and what libraries take at first use
-SLACK, AT_FIRST = 0.10, 24 << 20
+AT_FIRST = 24 << 20  # what libraries take at first use, and once more the modules of adapters
 
 # optimizer -> bytes of its state and bytes beside it while it updates, per value that trains; None:
 # as many as the value has. What is not here keeps two moments.
@@ -70,6 +69,7 @@ class Situation:
     num_workers: int = 1
     shards: frozenset[str] = frozenset()
     formats: frozenset[str] = frozenset()  # of the weights in the files, by safetensors' names
+    stored: int | None = None  # bytes of weights that are quantised in their files
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class Estimate:
         update: what the optimizer holds while it updates.
         loading: what loading needs beside the weights.
         mapped: weights that stay mapped from their files, which the system can drop.
+        first_use: what a process holds beside tensors.
         keeps_gradients: whether gradients are there during the forward pass too.
     """
 
@@ -100,6 +101,7 @@ class Estimate:
     update: int
     loading: int
     mapped: int
+    first_use: int
     keeps_gradients: bool
 
     @property
@@ -122,8 +124,8 @@ class Estimate:
 
     @property
     def resident(self) -> int:
-        """The growth of a process's anonymous memory on a CPU."""
-        return int(self.peak * (1 + SLACK)) + AT_FIRST - self.mapped
+        """The growth of a process's anonymous memory on a CPU, where freed blocks go back."""
+        return self.peak + self.first_use - self.mapped
 
     def lines(self) -> list[str]:
         """The parts for a reader, largest first, then the peak and when it is."""
@@ -136,7 +138,7 @@ class Estimate:
         ]
 
 
-BESIDE = ("mapped", "keeps_gradients")  # fields that are no part of the sum
+BESIDE = ("mapped", "first_use", "keeps_gradients")  # fields that are no part of the sum
 
 
 def gigabytes(size: float) -> str:
@@ -168,16 +170,19 @@ def estimate_for(
     Raises:
         ModelError: if the configuration or a header cannot be read.
     """
-    model = decoder(read_config(directory))
-    longest = sorted(lengths, reverse=True)[: arguments.training.per_device_train_batch_size]
+    config = read_config(directory)
+    model = decoder(config)
+    rows = sorted(lengths, reverse=True)[: arguments.training.per_device_train_batch_size]
+    longest = max(rows, default=0)
     situation = Situation(
-        num_tokens=sum(longest),
-        longest=max(longest, default=0),
+        num_tokens=longest * len(rows) if _is_padded(arguments) else sum(rows),
+        longest=longest,
         precision=precision,
         recomputes=recomputes,
         device=device,
         num_workers=num_workers,
         formats=formats(directory),
+        stored=stored_bytes(directory) if "quantization_config" in config else None,
     )
     return estimate(arguments, model, shapes(directory) or shapes_of(model), situation)
 
@@ -198,8 +203,9 @@ def estimate(
     trained = what_trains(arguments.finetuning, model, table)
     form = _Format.of(situation, trains_own=bool(trained.own), finetuning=arguments.finetuning)
     values = trained.num_adapter + count(trained.own)
-    frozen = _frozen_bytes(arguments, table, trained, form)
+    frozen = situation.stored or _frozen_bytes(arguments, table, trained, form)
     weights = frozen + values * form.trained
+    weights += _reference_bytes(arguments, table, form)
     kept, beside = _states(arguments, values, form)
     split = situation.num_workers
     largest = max((math.prod(s) for s in table.values()), default=0) * form.compute
@@ -215,98 +221,10 @@ def estimate(
         update=beside // (split if "optimizer" in situation.shards else 1),
         loading=_loading(arguments, table, form, frozen),
         mapped=_mapped(arguments, situation, form, frozen),
+        first_use=AT_FIRST * (2 if trained.adapted else 1),
         keeps_gradients=situation.num_workers > 1
         or arguments.training.gradient_accumulation_steps > 1,
     )
-
-
-# ---- what trains --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Parameters of the model that train, values of adapters, and the modules that have one."""
-
-    own: Shapes = field(default_factory=dict)
-    adapted: Shapes = field(default_factory=dict)  # weights of modules with an adapter
-    num_adapter: int = 0
-
-    @property
-    def first_layer(self) -> int:
-        """The first layer that backward reaches; 0 where the embedding trains."""
-        names = [*self.own, *self.adapted]
-        layers = [found[0] for name in names if (found := layer_of(name)) is not None]
-        outside = any("embed" in name or "wte" in name for name in names)
-        return 0 if outside or not layers else min(layers)
-
-    def in_layer(self, index: int) -> Iterator[str]:
-        """The modules of a layer of which the input is kept for a gradient of their weights."""
-        for name, shape in {**self.own, **self.adapted}.items():
-            found = layer_of(name)
-            if found is not None and found[0] == index and is_linear(name, shape):
-                yield module_of(found[1])
-
-
-def what_trains(tuning: FinetuningArguments, model: Decoder, table: Shapes) -> Trained:
-    """The parameters that train by finetuning_type and its keys."""
-    if tuning.finetuning_type == "full":
-        return Trained(own=dict(table))
-    if tuning.finetuning_type == "freeze":
-        return Trained(own=_unfrozen(tuning, model, table))
-    adapted = {n: s for n, s in table.items() if _is_target(tuning, n, s)}
-    ranks = {n: _rank(tuning, module_of(n)) for n in adapted}
-    number = sum(
-        math.prod(s[:-2]) * ranks[n] * (s[-1] + s[-2]) + (s[-2] if tuning.use_dora else 0)
-        for n, s in adapted.items()
-    )
-    names = tuning.additional_target
-    whole = {
-        n: s for n, s in table.items() if any(_ends_with(module_of(n), name) for name in names)
-    }
-    return Trained(own=whole, adapted=adapted, num_adapter=number)
-
-
-def _unfrozen(tuning: FinetuningArguments, model: Decoder, table: Shapes) -> Shapes:
-    number, layers = tuning.freeze_trainable_layers, range(model.num_layers)
-    chosen = set(layers[-number:] if number > 0 else layers[:-number] if number else ())
-    modules, extra = tuning.freeze_trainable_modules, tuning.freeze_extra_modules
-    found = {}
-    for name, shape in table.items():
-        inside = layer_of(name)
-        if inside is None:
-            if any(_ends_with(module_of(name), module) for module in extra):
-                found[name] = shape
-        elif inside[0] in chosen and (
-            "all" in modules or any(inside[1].startswith(f"{module}.") for module in modules)
-        ):
-            found[name] = shape
-    return found
-
-
-def _is_target(tuning: FinetuningArguments, name: str, shape: tuple[int, ...]) -> bool:
-    if "all" in tuning.lora_target:
-        return is_linear(name, shape)
-    module = module_of(name) if name.endswith(".weight") else name
-    named = any(_ends_with(module, target) for target in tuning.lora_target)
-    return len(shape) >= 2 and (named or any(_matches(t, module) for t in tuning.lora_target))
-
-
-def _ends_with(module: str, name: str) -> bool:
-    return module == name or module.endswith(f".{name}")
-
-
-def _matches(pattern: str, module: str) -> bool:
-    try:
-        return re.fullmatch(pattern, module) is not None
-    except re.error:
-        return False
-
-
-def _rank(tuning: FinetuningArguments, module: str) -> int:
-    for name, rank in (tuning.lora_rank_pattern or {}).items():
-        if _ends_with(module, name) or _matches(name, module):
-            return int(rank)
-    return tuning.lora_rank
 
 
 # ---- weights ------------------------------------------------------------------------------------
@@ -351,6 +269,18 @@ def _frozen_bytes(arguments: RunArguments, table: Shapes, trained: Trained, form
         else:
             total += size * form.frozen
     return int(total)
+
+
+def _reference_bytes(arguments: RunArguments, table: Shapes, form: _Format) -> int:
+    """A second model that preferences are compared with; an adapter is switched off instead."""
+    tuning, rlhf = arguments.finetuning, arguments.rlhf
+    compares = tuning.stage == "kto" or (
+        tuning.stage == "dpo" and rlhf.pref_loss not in ("orpo", "simpo")
+    )
+    is_adapter = tuning.finetuning_type not in ("full", "freeze")
+    if not compares or (is_adapter and rlhf.ref_model is None):
+        return 0
+    return count(table) * form.frozen
 
 
 def quantized_bytes(bits: int, *, doubly: bool) -> float:
@@ -446,8 +376,8 @@ def _of_layer(
         total += normed * (2 if form.stream == 2 else 4)
     # rotated queries and keys, values, what came of them, and the sums of their weights
     total += (2 * model.query + model.key + model.value) * compute + 4 * model.num_heads
-    if model.drops_attention:  # the weights, their mask, the weights after it
-        total += 3 * model.num_heads * at.longest * 4
+    copies = max(model.copies_of_scores, 1 if _is_padded(arguments) else 0)
+    total += copies * model.num_heads * at.longest * 4
     inner, hidden_again = _widths(model)
     gates = 3 if model.is_gated or model.experts else 4
     total += (gates * inner + hidden_again) * compute
@@ -482,6 +412,11 @@ def _inputs(
         if tuning.use_dora and is_lora:
             total += width * number * form.compute
     return total + (adapters * tuning.lora_rank * form.compute if is_lora else 0)
+
+
+def _is_padded(arguments: RunArguments) -> bool:
+    """Whether rows are padded and attention is computed plainly, all scores kept."""
+    return arguments.model.flash_attn == "disabled"
 
 
 def _widths(model: Decoder) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from llmray.arguments.run import load
 from llmray.data.collate import collate
 from llmray.data.shards import Sample
 from llmray.errors import ModelError
-from llmray.model import architecture, fitting, memory
+from llmray.model import architecture, fitting, memory, trained
 from llmray.train import device_memory, optimizers, precision
 from llmray.train.engine import Engine
 from llmray.train.parallel import World
@@ -164,9 +164,35 @@ def test_an_adapter_by_hand(folders):
     arguments = run_of(folders / "llama", finetuning_type="lora", lora_target="q_proj,v_proj")
     model = architecture.decoder(architecture.read_config(folders / "llama"))
     table = architecture.shapes(folders / "llama")
-    found = memory.what_trains(arguments.finetuning, model, table)
+    found = trained.what_trains(arguments.finetuning, model, table)
     assert found.num_adapter == 8 * (256 + 192) * 4
     assert not found.own
+
+
+def test_preferences_need_a_second_model_unless_an_adapter_is_switched_off(folders):
+    def weights(**keys):
+        arguments = run_of(folders / "llama", **keys)
+        return memory.estimate_for(
+            arguments, folders / "llama", [9], "fp32", recomputes=False
+        ).weights
+
+    number = architecture.count(architecture.shapes(folders / "llama"))
+    assert weights(stage="dpo", finetuning_type="full") == 2 * 4 * number
+    assert weights(stage="dpo", pref_loss="simpo", finetuning_type="full") == 4 * number
+    assert weights(stage="dpo") == weights(stage="sft")
+
+
+def test_padded_rows_count_their_padding_and_all_scores(folders):
+    """Rows of 30 and 10: 60 positions in place of 40, and 30 scores for each of 4 heads."""
+
+    def activations(**keys):
+        arguments = run_of(folders / "llama", finetuning_type="lora", **keys)
+        return memory.estimate_for(
+            arguments, folders / "llama", [30, 10], "fp32", recomputes=False
+        ).activations
+
+    flat, padded = activations(), activations(flash_attn="disabled")
+    assert padded == flat * 60 / 40 + 60 * 4 * (4 * 30) * 4
 
 
 def test_four_bits_by_hand():
@@ -174,6 +200,18 @@ def test_four_bits_by_hand():
     assert memory.quantized_bytes(4, doubly=False) == 0.5 + 4 / 64
     assert memory.quantized_bytes(4, doubly=True) == 0.5 + 1 / 64 + 4 / 16384
     assert memory.quantized_bytes(8, doubly=True) == 1
+
+
+def test_weights_that_are_quantised_in_their_files_are_counted_as_they_lie_there(folders, tmp_path):
+    source = folders / "llama"
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
+    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    arguments = run_of(tmp_path, lora_target="q_proj", bf16=True, fp32=None)
+    found = memory.estimate_for(arguments, tmp_path, [9], "bf16", recomputes=False)
+    number = architecture.count(architecture.shapes(source))
+    assert architecture.stored_bytes(source) == 4 * number
+    assert found.weights == 4 * number + 4 * 8 * 256 * 4  # an adapter of float32 beside them
 
 
 def test_shards_divide_what_they_spread(folders):
