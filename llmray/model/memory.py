@@ -33,7 +33,7 @@ from llmray.model.trained import Trained, what_trains
 
 CHUNK = {"cpu": 96 << 20, "cuda": 512 << 20}  # logits that the loss holds at once, in bytes
 ERROR = 0.15  # of the peak, by which an estimate may be wrong
-AT_FIRST = 24 << 20  # what libraries take at first use, and once more the modules of adapters
+AT_FIRST, OF_ADAPTERS = 24 << 20, 16 << 20  # what libraries take at first use, and their modules
 
 # optimizer -> bytes of its state and bytes beside it while it updates, per value that trains; None:
 # as many as the value has. What is not here keeps two moments.
@@ -221,7 +221,7 @@ def estimate(
         update=beside // (split if "optimizer" in situation.shards else 1),
         loading=_loading(arguments, table, form, frozen),
         mapped=_mapped(arguments, situation, form, frozen),
-        first_use=AT_FIRST * (2 if trained.adapted else 1),
+        first_use=AT_FIRST + (OF_ADAPTERS if trained.adapted else 0),
         keeps_gradients=situation.num_workers > 1
         or arguments.training.gradient_accumulation_steps > 1,
     )
