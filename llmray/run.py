@@ -356,7 +356,8 @@ def _summary(training: Training, start: float) -> Summary:
     world, name = core.context.world, device_name(core.context.world.device)
     allocated, _ = device_memory.peak_bytes(world.device)
     [most] = world.max([float(allocated)])
-    work = Work(progress.num_tokens, progress.num_targets, progress.num_squares)
+    predicted = 0 if core.ranks else progress.num_targets  # tokens for which logits are computed
+    work = Work(progress.num_tokens, predicted, progress.num_squares)
     return Summary(
         tokens=progress.num_tokens,
         steps=progress.step,
