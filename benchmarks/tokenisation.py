@@ -84,11 +84,12 @@ def main() -> None:
         run = run_file(options.model, Path(scratch, "data"))
         for number in range(options.rounds):
             home = Path(scratch, str(number))
-            theirs = _peer(run, home / "peer", options.peer_python)
+            if options.peer_python:
+                theirs = _peer(run, home / "peer", options.peer_python)
+                measured[PEER].append(theirs)
+                measured[PEER_WHOLE].append(replace(theirs, seconds=theirs.whole))
             mine = _own("ours", run, home / "one")
             two = _own("ours", {**run, "preprocessing_num_workers": 2}, home / "two")
-            measured[PEER].append(theirs)
-            measured[PEER_WHOLE].append(replace(theirs, seconds=theirs.whole))
             measured[ONE].append(mine)
             measured[WHOLE].append(replace(mine, seconds=mine.whole))
             measured[TWO].append(replace(two, seconds=two.whole))
@@ -209,6 +210,8 @@ def compare(
         WHOLE: (TWO, OF_TWO),
     }
     for name, runs in measured.items():
+        if not runs:
+            continue
         said = ""
         if name in goals:
             other, goal = goals[name]
@@ -231,10 +234,11 @@ def compare(
     if len(tokens) > 1:
         report.failures.append(f"not the same number of tokens: {sorted(tokens)}")
     report.facts = [
-        f"The peer's environment: {peer_versions(options.peer_python)}.",
         f"Medians of {options.rounds} rounds in turns of {min(tokens):,} tokens, "
         f"{size / 1e6:.0f} MB.",
     ]
+    if options.peer_python:
+        report.facts.append(f"The peer's environment: {peer_versions(options.peer_python)}.")
     return report
 
 
@@ -243,12 +247,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for flag in ("peer-python", "model"):
-        variable = "LLMRAY_BENCH_" + flag.upper().replace("-", "_")
-        default = os.environ.get(variable)
-        parser.add_argument(
-            f"--{flag}", default=default, required=default is None, help=f"or {variable}"
-        )
+    peer, model = (os.environ.get(f"LLMRAY_BENCH_{name}") for name in ("PEER_PYTHON", "MODEL"))
+    parser.add_argument(
+        "--peer-python", default=peer, help="or LLMRAY_BENCH_PEER_PYTHON; left out, no peer runs"
+    )
+    parser.add_argument(
+        "--model", default=model, required=model is None, help="or LLMRAY_BENCH_MODEL"
+    )
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here")

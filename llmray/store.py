@@ -170,17 +170,22 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A file name to write to, beside a local file that it replaces at exit, if nothing failed."""
+def replacing(path: str | Path, *, syncs: bool = True) -> Iterator[Path]:
+    """A file name to write to, beside a local file that it replaces at exit, if nothing failed.
+
+    Without `syncs` the file outlives no loss of power until it is sealed.
+    """
     target = Path(path)
     with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.parent / temporary.new_name(target.name)
         try:
             yield unfinished
-            _fsync(unfinished)
+            if syncs:
+                _fsync(unfinished)
             os.replace(unfinished, target)
-            _fsync(target.parent)
+            if syncs:
+                _fsync(target.parent)
         finally:
             unfinished.unlink(missing_ok=True)
 

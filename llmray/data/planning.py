@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = getLogger("llmray")
 
 UNUSED, USED, HELD_OUT, REPEATED = range(4)  # what becomes of a row
-LEAST_SHARD_BYTES, MOST_SHARD_BYTES = 1 << 20, 64 << 20  # of source text
+LEAST_SHARD_BYTES, MOST_SHARD_BYTES = 2 << 20, 64 << 20  # of source text
 TRAIN, EVAL = "train", "eval"  # tables; sets that are evaluated one by one have eval_<set>
 NUM_SHARDS = 64  # wished for, within these bounds
 

@@ -82,7 +82,11 @@ def write(path: Path, rows: Sequence[RowFeatures], numbers: Sequence[int] | None
         StoreError: the file cannot be written.
     """
     batch = _batch(rows, range(len(rows)) if numbers is None else numbers)
-    with store.replacing(path) as unfinished, pa.OSFile(str(unfinished), "wb") as sink:
+    # whoever notes that the shard is finished seals its files before
+    with (
+        store.replacing(path, syncs=False) as unfinished,
+        pa.OSFile(str(unfinished), "wb") as sink,
+    ):
         _write(batch, sink)
 
 
