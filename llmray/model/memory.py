@@ -33,7 +33,7 @@ from llmray.model.trained import Trained, what_trains
 
 CHUNK = {"cpu": 96 << 20, "cuda": 512 << 20}  # logits that the loss holds at once, in bytes
 ERROR = 0.15  # of the peak, by which an estimate may be wrong
-AT_FIRST, OF_ADAPTERS = 24 << 20, 16 << 20  # what libraries take at first use, and their modules
+AT_FIRST, OF_ADAPTERS = 24 << 20, 24 << 20  # what libraries take at first use, and their modules
 
 # optimizer -> bytes of its state and bytes beside it while it updates, per value that trains; None:
 # as many as the value has. What is not here keeps two moments.
@@ -203,7 +203,8 @@ def estimate(
     trained = what_trains(arguments.finetuning, model, table)
     form = _Format.of(situation, trains_own=bool(trained.own), finetuning=arguments.finetuning)
     values = trained.num_adapter + count(trained.own)
-    frozen = situation.stored or _frozen_bytes(arguments, table, trained, form)
+    kept_as_is = _frozen(arguments, table, trained)
+    frozen = situation.stored or _frozen_bytes(arguments, kept_as_is, form)
     weights = frozen + values * form.trained
     weights += _reference_bytes(arguments, table, form)
     kept, beside = _states(arguments, values, form)
@@ -220,7 +221,7 @@ def estimate(
         casts=_casts(trained, form),
         update=beside // (split if "optimizer" in situation.shards else 1),
         loading=_loading(arguments, table, form, frozen),
-        mapped=_mapped(arguments, situation, form, frozen),
+        mapped=_mapped(arguments, situation, form, kept_as_is),
         first_use=AT_FIRST + (OF_ADAPTERS if trained.adapted else 0),
         keeps_gradients=situation.num_workers > 1
         or arguments.training.gradient_accumulation_steps > 1,
@@ -254,15 +255,16 @@ class _Format:
         return cls(2, 4, 2, 4 if is_full else 2, True, mask)
 
 
-def _frozen_bytes(arguments: RunArguments, table: Shapes, trained: Trained, form: _Format) -> int:
+def _frozen(arguments: RunArguments, table: Shapes, trained: Trained) -> Shapes:
     """What does not train; modules that train whole beside an adapter are there twice."""
     is_lora = arguments.finetuning.finetuning_type not in ("full", "freeze")
-    total = 0.0
-    for name, shape in table.items():
-        if name in trained.own and not is_lora:
-            continue
+    return {n: s for n, s in table.items() if is_lora or n not in trained.own}
+
+
+def _frozen_bytes(arguments: RunArguments, frozen: Shapes, form: _Format) -> int:
+    bits, total = arguments.model.quantization_bit, 0.0
+    for name, shape in frozen.items():
         size = math.prod(shape)
-        bits = arguments.model.quantization_bit
         if bits is not None and is_linear(name, shape):
             total += size * quantized_bytes(bits, doubly=arguments.model.double_quantization)
             total += 4 * shape[0] if bits == 8 else 0
@@ -323,10 +325,14 @@ def _loading(arguments: RunArguments, table: Shapes, form: _Format, frozen: int)
     return largest * form.compute if arguments.model.is_quantized else 0
 
 
-def _mapped(arguments: RunArguments, at: Situation, form: _Format, frozen: int) -> int:
+def _mapped(arguments: RunArguments, at: Situation, form: _Format, frozen: Shapes) -> int:
     """Weights that nothing writes stay the pages of their files, where no cast is needed."""
     is_same = at.formats == {{2: "BF16", 4: "F32"}[form.frozen]}
-    return frozen if is_same and at.device == "cpu" and not arguments.model.is_quantized else 0
+    if not is_same or at.device != "cpu":
+        return 0
+    quantized = arguments.model.is_quantized
+    kept = {n: s for n, s in frozen.items() if not (quantized and is_linear(n, s))}
+    return count(kept) * form.frozen
 
 
 # ---- activations --------------------------------------------------------------------------------
