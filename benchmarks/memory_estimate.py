@@ -183,7 +183,7 @@ def measure(
     numbers = precision.choose(arguments, context.world.device)
     warm(arguments)
     watch = Watch()
-    token_model = assembly._token_model(arguments, context, numbers)
+    token_model = assembly._token_model(arguments, context, numbers, flat=True)
     loaded = watch.highest
     trainable = {n: p for n, p in token_model.named_parameters() if p.requires_grad}
     optimizer = optimizers.build(token_model, trainable, arguments.optimizer)

@@ -78,7 +78,7 @@ def live(directory, arguments, length):
     """The peak of live tensors in a second step, by the profiler's memory events."""
     numbers = precision.choose(arguments, CPU)
     context = assembly.Context(World.single(CPU), "", None, directory, lambda: None)
-    model = assembly._token_model(arguments, context, numbers)
+    model = assembly._token_model(arguments, context, numbers, flat=True)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = optimizers.build(model, trainable, arguments.optimizer)
     engine = Engine(
