@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TIMES := $(VENV)/.times
 PYTEST := $(BIN)/python -m pytest -q
-PROCESSES ?= 2# of the unit tests; some start ranks of their own
+PROCESSES ?= 2# of the unit and slow tests; some start ranks of their own
 
 # Without byte code on disk every Ray process compiles its modules anew and the start times out.
 unexport PYTHONDONTWRITEBYTECODE
@@ -66,7 +66,7 @@ ray: $(STAMP) ## tests on a local Ray cluster
 	$(call tier,ray,$(PYTEST) -m "ray and not slow")
 
 slow: $(STAMP) ## tests of more than half a minute, or with the real model
-	$(call tier,slow,$(PYTEST) -m slow)
+	$(call tier,slow,$(PYTEST) -n $(PROCESSES) --dist worksteal -m slow)
 
 demo: $(STAMP) ## a real 135M chat model learns who it is, on two Ray Train workers: minutes, no GPU
 	@$(BIN)/python demo/run.py
