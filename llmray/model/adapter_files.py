@@ -66,7 +66,7 @@ def _split(name: str) -> tuple[str, str]:
     match = re.fullmatch(r"(.*)\.(lora_\w+?)(\.weight|\.bias)?", bare)
     if match is None:
         owner, _, own = bare.rpartition(".")
-        return owner, own
+        return owner.removesuffix(".base_layer"), own  # an embedding beside its own adapter
     owner = match[1]
     while owner.endswith(".base_layer"):  # several adapters of one module's parameters
         owner = owner.removesuffix(".base_layer")

@@ -50,7 +50,8 @@ def create(model: PreTrainedModel, arguments: RunArguments) -> PeftModel:
     found = targets.find(model, settings.lora_target)
     if found.parameters:
         _require_plain(settings, found.parameters)
-    whole = embedding.trains_whole(model, _whole_modules(model, settings.additional_target))
+    named = _whole_modules(model, settings.additional_target)
+    whole = embedding.trains_whole(model, named, found.modules)
     ranks, alphas = _patterns(model, settings)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmray import store, vocabulary
@@ -108,30 +108,52 @@ def require_room(model: PreTrainedModel, tokenizer: Any) -> None:
         )
 
 
-def trains_whole(model: PreTrainedModel, named: tuple[str, ...]) -> tuple[str, ...]:
-    """The modules that train beside an adapter: those `named`, else what holds added tokens.
+def trains_whole(
+    model: PreTrainedModel, named: tuple[str, ...], adapted: Iterable[str]
+) -> tuple[str, ...]:
+    """The modules that train whole beside an adapter: those `named`, else what holds added tokens.
 
-    Those are the embedding, and the head where its weights are its own.
+    Those are the embedding, and the head where its weights are its own. One that is `adapted`
+    trains by its adapter.
     """
     if not of(model).added:
         return named
+    idle = [
+        name
+        for name, module in _tables(model).items()
+        if not _is_among(model, module, (*named, *adapted))
+    ]
+    if named and idle:
+        log.warning(
+            "additional_target=%s leaves out %s: the rows of added tokens stay there as they "
+            "begin. Add it to train them.",
+            ",".join(named),
+            ", ".join(idle),
+        )
+    if named or not idle:
+        return named
+    log.info("tokens are added: %s train(s) whole beside the adapter", ", ".join(idle))
+    return tuple(idle)
+
+
+def _tables(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules with a row for each id, by name: the embedding, and a head of its own."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
-    if named:
-        trained = [n for n in named if f".{names[id(embedding)]}".endswith(f".{n}")]
-        if not trained:
-            log.warning(
-                "additional_target=%s leaves the embedding out: the rows of added tokens stay as "
-                "they begin. Add %s to train them.",
-                ",".join(named),
-                names[id(embedding)],
-            )
-        return named
-    whole = [names[id(embedding)]]
+    found = {names[id(embedding)]: embedding}
     if head is not None and head.weight is not embedding.weight:
-        whole.append(names[id(head)])
-    log.info("tokens are added: %s train(s) whole beside the adapter", ", ".join(whole))
-    return tuple(whole)
+        found[names[id(head)]] = head
+    return found
+
+
+def _is_among(model: PreTrainedModel, table: nn.Module, named: Iterable[str]) -> bool:
+    """Whether names, whole or last parts, reach a module or one that shares its weight."""
+    ends = tuple(f".{name}" for name in named)
+    return any(
+        f".{name}".endswith(ends)
+        for name, module in model.named_modules()
+        if getattr(module, "weight", None) is table.weight
+    )
 
 
 def warn_if_frozen(model: PreTrainedModel) -> None:
@@ -236,7 +258,7 @@ def _rows_in(adapter_dir: Path, model: PreTrainedModel) -> int | None:
     try:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (a handle, not a mapping)
-                if name.endswith(names):
+                if name.replace(".base_layer.", ".").endswith(names):
                     return int(file.get_slice(name).get_shape()[0])
     except SafetensorError:
         return None  # loading says what is wrong with it
@@ -301,12 +323,10 @@ def _is_resizable(model: PreTrainedModel, head: Any) -> bool:
 
 
 def _matrices(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The matrices with a row for each id: the embedding, and a head with weights of its own."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    found = {"embedding": embedding.weight.detach()}
-    if head is not None and head.weight is not embedding.weight:
-        found["head"] = head.weight.detach()
-    return found
+    """The matrices with a row for each id, as `_tables`."""
+    found: list[Any] = list(_tables(model).values())
+    salts = ("embedding", "head")
+    return {salt: table.weight.detach() for salt, table in zip(salts, found, strict=False)}
 
 
 def _known_ids(extended: Extended, text: str, known: int) -> list[int]:

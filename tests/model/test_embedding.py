@@ -322,7 +322,7 @@ def test_an_adapter_without_the_embedding_still_holds_the_rows(place, tmp_path, 
     """Loaded after other rows were put in place, it restores those that it was trained with."""
     with caplog.at_level(logging.WARNING, "llmray"):
         model = shaken(tuned(place, **ADDS, additional_target="norm"))
-    assert "leaves the embedding out" in caplog.text
+    assert "additional_target=norm leaves out model.embed_tokens" in caplog.text
     assert "the embedding does not train" in caplog.text
     expected = logits(model)
     name = saved(model, place, tmp_path / "adapter", **ADDS)
@@ -332,6 +332,39 @@ def test_an_adapter_without_the_embedding_still_holds_the_rows(place, tmp_path, 
         base.get_input_embeddings().weight[320:] = 9.0
     again = tuning.apply(base, made, is_trainable=False, upcast=False)
     torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-4)
+
+
+def test_rows_of_an_embedding_with_an_adapter_of_its_own(place, tmp_path):
+    """It trains by that, not whole; its file holds the rows that the adapter was trained on."""
+    keys = {**ADDS, "lora_target": "embed_tokens,q_proj"}
+    model = shaken(tuned(place, **keys))
+    assert {name.split(".lora_")[0] for name in tuning.trainable(model)} == {
+        "base_model.model.model.embed_tokens",
+        *(f"base_model.model.model.layers.{i}.self_attn.q_proj" for i in range(2)),
+    }
+    expected = logits(model)
+    name = saved(model, place, tmp_path / "adapter", **ADDS)
+    made = arguments(place, adapter_name_or_path=name, **ADDS)
+    again = tuning.apply(loaded(place, made.model), made, is_trainable=False, upcast=False)
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "target", "left_out"),
+    [
+        ({}, "lm_head", None),  # it is the embedding
+        (UNTIED, "lm_head", "model.embed_tokens"),
+        (UNTIED, "embed_tokens", "lm_head"),
+        (UNTIED, "embed_tokens,lm_head", None),
+    ],
+)
+def test_what_additional_target_leaves_out_is_said(tmp_path, caplog, fields, target, left_out):
+    make_tokenizer(tmp_path)
+    make_model(tmp_path, **fields)
+    with caplog.at_level(logging.WARNING, "llmray"):
+        tuned(tmp_path, **ADDS, additional_target=target)
+    said = [r.getMessage() for r in caplog.records if "leaves out" in r.getMessage()]
+    assert (f"leaves out {left_out}:" in said[0]) if left_out else not said
 
 
 @pytest.mark.parametrize("trains", [True, False])
