@@ -72,7 +72,7 @@ class SortedRows:
             self._leave_out("equal", where)
         elif not len(outcome.input_ids):
             self.counts["empty"] += 1
-        elif not outcome.targets:
+        elif not outcome.targets and not outcome.is_prompt:
             self._leave_out("without_target", where)
         else:
             self.counts["truncated"] += outcome.is_truncated

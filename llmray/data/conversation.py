@@ -17,8 +17,9 @@ from typing import Any, Literal
 Role = Literal["user", "assistant", "observation", "function"]
 Row = Mapping[str, Any]
 # What a stage reads of a row: a text; a conversation with its responses; a prompt with a response
-# to prefer and one to reject; a conversation whose last response is wanted or not.
-Kind = Literal["text", "responses", "pair", "judged"]
+# to prefer and one to reject; a conversation whose last response is wanted or not; what comes
+# before the last response, which may be missing.
+Kind = Literal["text", "responses", "pair", "judged", "prompt"]
 
 # Columns of a row by what they hold; None: not read unless dataset_info.json names it.
 COLUMNS: dict[str, str | None] = {
@@ -275,7 +276,9 @@ def _messages(row: Row, layout: RowFormat, kind: Kind, read: Read) -> Conversati
     if turns and turns[0][0] == "system":
         system = turns.pop(0)[1].content
     first = len(said) - len(turns) + 1
-    messages = _alternating(layout, turns, first, ends_with_prompt=kind == "pair")
+    if kind == "prompt" and turns and turns[-1][0] in RESPONSES:
+        turns.pop()  # only what is asked is read
+    messages = _alternating(layout, turns, first, ends_with_prompt=kind in ("pair", "prompt"))
 
     def answer(use: str, value: Any) -> Message:
         name = layout.column(use)

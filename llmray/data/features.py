@@ -250,12 +250,64 @@ def _text_row(row: np.ndarray, options: FeatureOptions) -> Outcome:
     return RowFeatures(row, (1, len(row)) if len(row) > 1 else (), cuts)
 
 
+def openings(
+    conversations: Sequence[Conversation],
+    encoder: Encoder,
+    renderer: Renderer | None,
+    options: FeatureOptions,
+) -> list[Outcome]:
+    """What responses are sampled to: prompts with the header of the response, nothing learned.
+
+    A prompt that is too long keeps its end, where that header stands; its head with `llamafactory`
+    and `keep_start`.
+    """
+    assert renderer is not None
+    texts: list[str] = []
+    outcomes: list[Outcome | None] = []
+    for one in conversations:
+        try:
+            texts.append(renderer.prompt(one.messages, one.system, one.tools))
+        except RowError as error:
+            outcomes.append(error)
+        else:
+            outcomes.append(None)
+    ids, bounds = encoder.encode(texts)
+    rows = iter(
+        _opening(ids[start:stop], options)
+        for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+    )
+    return [next(rows) if outcome is None else outcome for outcome in outcomes]
+
+
+def _opening(ids: np.ndarray, options: FeatureOptions) -> Outcome:
+    over = len(ids) - options.cutoff_len
+    if over <= 0:
+        return RowFeatures(ids, (), is_prompt=True)
+    match options.truncation:
+        case "error":
+            return truncation.refused(len(ids), options.cutoff_len)
+        case "drop":
+            return Dropped(len(ids))
+        case "llamafactory" | "keep_start":
+            return RowFeatures(ids[:-over], (), (options.cutoff_len, over), is_prompt=True)
+        case _:
+            return RowFeatures(ids[over:], (), (0, over), is_prompt=True)
+
+
 FEATURES: dict[str, StageFeatures] = {
     "pt": StageFeatures(texts, "text"),
     "sft": StageFeatures(supervised, "responses"),
     "prompt": StageFeatures(prompts, "responses"),
     "pairwise": StageFeatures(answers.pairwise, "pair"),
     "kto": StageFeatures(answers.judged, "judged"),
+    "opening": StageFeatures(openings, "prompt"),
 }
 # What each stage learns from; stages that learn from the same share their prepared data.
-OF_STAGE = {"pt": "pt", "sft": "sft", "rm": "pairwise", "dpo": "pairwise", "kto": "kto"}
+OF_STAGE = {
+    "pt": "pt",
+    "sft": "sft",
+    "rm": "pairwise",
+    "dpo": "pairwise",
+    "kto": "kto",
+    "ppo": "opening",
+}

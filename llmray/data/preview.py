@@ -83,7 +83,7 @@ def preview(
     left_out: list[str] = []
     num_tokens = 0
     for one in _in_order(plan, table):
-        if not one.features.targets:
+        if not one.features.targets and not one.features.is_prompt:
             left_out.append(one.where)
             continue
         found.append(one)

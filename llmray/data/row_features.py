@@ -39,7 +39,8 @@ class RowFeatures:
     `cuts` are pairs too: before which token `cutoff_len` took tokens out, and how many. `instead`
     are pairs of a place and the token that is learned there instead of the one that stands there.
     `starts` is where each answer of a row begins, one after the other behind the prompt that they
-    share; empty where the row is one sequence. `is_wanted` judges the one answer.
+    share; empty where the row is one sequence. `is_wanted` judges the one answer. A row that
+    `is_prompt` has no targets: it is answered, not learned.
     """
 
     input_ids: np.ndarray  # (T,) int32
@@ -48,6 +49,7 @@ class RowFeatures:
     instead: tuple[int, ...] = ()
     starts: tuple[int, ...] = ()
     is_wanted: bool | None = None
+    is_prompt: bool = False
 
     @property
     def is_truncated(self) -> bool:
@@ -79,7 +81,7 @@ class StageFeatures:
     @property
     def learns_past(self) -> bool:
         """Whether all responses of a conversation may be learned, not the last one alone."""
-        return self.kind not in ("pair", "judged")
+        return self.kind not in ("pair", "judged", "prompt")
 
     @property
     def renders(self) -> bool:

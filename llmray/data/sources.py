@@ -232,7 +232,9 @@ def _files(where: str, entry: Mapping[str, Any], info: _Info, cache: Path) -> tu
 
 
 def _check_kind(where: str, entry: Mapping[str, Any], layout: RowFormat, kind: Kind) -> None:
-    """Fail if the rows of a set are not what the stage learns from."""
+    """Fail if the rows of a set are not what the stage learns from; prompts are in all of them."""
+    if kind == "prompt":
+        return
     if bool(entry.get("ranking")) != (kind == "pair"):
         has = "pairs of responses" if entry.get("ranking") else "no pairs of responses"
         raise DataError(

@@ -23,6 +23,7 @@ from torch import nn
 from llmray import hub, store
 from llmray.arguments.run import RunArguments
 from llmray.data.batches import Batches
+from llmray.data.tokenizer import load_tokenizer
 from llmray.errors import ModelError, StoreError, TrainingError
 from llmray.model import adapters, load, pissa
 from llmray.model.head import TokenModel
@@ -148,12 +149,12 @@ def load_own(
         gradient_checkpointing=False,
         cutoff_len=arguments.data.cutoff_len,
     )
-    ours = load.load_config(model_dir, arguments.model).get_text_config().vocab_size
-    known = loaded.config.get_text_config().vocab_size
+    ours = len(load_tokenizer(model_dir, arguments.model, arguments.data.template))
+    known = loaded.get_input_embeddings().weight.shape[0]
     if known < ours:
         raise ModelError(
-            f"ref_model={options.ref_model} knows {known} tokens, the policy {ours}. A reference "
-            "with the policy's vocabulary is required: name another ref_model."
+            f"ref_model={options.ref_model} knows {known} tokens, the policy's tokenizer has "
+            f"{ours}. A reference with the policy's vocabulary is required: name another ref_model."
         )
     merged = adapters.merge(loaded, options.ref_model_adapters, arguments.model)
     merged.requires_grad_(False)

@@ -1,13 +1,13 @@
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from letters import ENCODER, Letters, build, dialogue, shown
 
 from llmray.data.conversation import Conversation, Message, RowError
-from llmray.data.features import FeatureOptions, RowFeatures, prompts, supervised, texts
+from llmray.data.features import FeatureOptions, RowFeatures, openings, prompts, supervised, texts
 from llmray.data.templates import Turn
-from llmray.data.truncation import budgets
+from llmray.data.truncation import Dropped, budgets
 
 
 def test_responses_are_targets() -> None:
@@ -112,6 +112,32 @@ def test_a_long_prompt_keeps_its_end_and_a_long_response_its_head() -> None:
     row = prompted("ab", "CDEFGH", cutoff_len=4)
     assert shown(row) == ("bhCD", "..CD")
     assert row.cuts == (0, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("truncation", "expected", "cuts"),
+    [
+        ("structure", "efgh", (0, 4)),
+        ("keep_end", "efgh", (0, 4)),
+        ("llamafactory", "abcd", (4, 4)),
+        ("keep_start", "abcd", (4, 4)),
+    ],
+)
+def test_openings_are_prompts_without_targets(
+    truncation: Any, expected: str, cuts: tuple[int, ...]
+) -> None:
+    """Of abcdefg, with h as the header of a response, 4 tokens."""
+    conversations = [dialogue("ab"), dialogue("abcdefg")]
+    rows: list[Any] = openings(conversations, ENCODER, Letters(), FeatureOptions(4, truncation))
+    assert [shown(row)[0] for row in rows] == ["abh", expected]
+    assert [(row.targets, row.is_prompt, row.cuts) for row in rows] == [
+        ((), True, ()),
+        ((), True, cuts),
+    ]
+    dropping = FeatureOptions(4, "drop")
+    assert openings(conversations, ENCODER, Letters(), dropping)[1] == Dropped(8)
+    [error] = openings(conversations[1:], ENCODER, Letters(), FeatureOptions(4, "error"))
+    assert isinstance(error, RowError)
 
 
 def test_prompts_that_cannot_be_written_are_errors_in_their_places() -> None:

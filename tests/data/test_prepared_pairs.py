@@ -30,7 +30,8 @@ JUDGED = [
 @pytest.fixture(autouse=True)
 def all_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages that are not built yet have their data."""
-    monkeypatch.delitem(capabilities.NOT_BUILT, "stage", raising=False)
+    for key in ("stage", "reward_model"):
+        monkeypatch.delitem(capabilities.NOT_BUILT, key, raising=False)
 
 
 @pytest.fixture
@@ -143,6 +144,31 @@ def test_a_pair_without_words_is_a_bad_row(folder: Path, tiny_llama_dir: Path) -
         prepared.ensure(arguments(folder, dataset="bad"), tiny_llama_dir, root=folder / "root")
     skipping = arguments(folder, dataset="bad", bad_rows="skip")
     assert prepared.ensure(skipping, tiny_llama_dir, root=folder / "root").num_train == 1
+
+
+@pytest.mark.parametrize("dataset", ["pairs", "judged", "talks"])
+def test_prompts_alone_are_rows_of_any_set(
+    folder: Path, tiny_llama_dir: Path, tokenizer: Any, dataset: str
+) -> None:
+    talk = [
+        {"from": "human", "value": "a"},
+        {"from": "gpt", "value": "b"},
+        {"from": "human", "value": "c"},
+    ]
+    talks = [{"conversations": talk}, {"conversations": [*talk, {"from": "gpt", "value": "d"}]}]
+    (folder / "talks.json").write_text(json.dumps(talks))
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["talks"] = {"file_name": "talks.json", "formatting": "sharegpt"}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    run = arguments(folder, stage="ppo", dataset=dataset, reward_model="r")
+    table: Any = prepared.open(prepared.ensure(run, tiny_llama_dir, root=folder / "root")).train
+    assert len(table) == {"pairs": 9, "judged": 7, "talks": 2}[dataset]
+    text = tokenizer.decode(table[0].input_ids)
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert not table[0].target_mask.any()
+    if dataset == "talks":
+        assert table[0].input_ids.tolist() == table[1].input_ids.tolist()
+        assert "b<|im_end|>" in text
 
 
 @pytest.mark.parametrize("batch_size", [2, 1000])
