@@ -19,6 +19,8 @@ from llmray.errors import ModelError
 Shapes = dict[str, tuple[int, ...]]  # name of a parameter -> its shape
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)")
+SINGLE = re.compile(r"experts\.(?:\d+\.)?(\w+?)(?:\.weight)?$")
+JOINT = {**dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj"), "w2": "down_proj"}
 EXPERT = re.compile(r"(?:^|\.)experts\.(?:\d+\.)?")
 
 # configurations that name a size in another way
@@ -198,6 +200,11 @@ def layer_of(name: str) -> tuple[int, str] | None:
 def is_expert(name: str) -> bool:
     """Whether a parameter belongs to one of a mixture's experts."""
     return EXPERT.search(name) is not None
+
+
+def joint_name(name: str) -> str:
+    """What an expert's parameter in a file is a part of in memory, where experts are joint."""
+    return SINGLE.sub(lambda match: f"experts.{JOINT.get(match[1], match[1])}", name)
 
 
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:

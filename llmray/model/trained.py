@@ -11,7 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from llmray.arguments.finetuning import FinetuningArguments
-from llmray.model.architecture import Decoder, Shapes, is_linear, layer_of, module_of
+from llmray.model.architecture import (
+    Decoder,
+    Shapes,
+    is_expert,
+    is_linear,
+    joint_name,
+    layer_of,
+    module_of,
+)
 
 
 @dataclass(frozen=True)
@@ -75,11 +83,13 @@ def _unfrozen(tuning: FinetuningArguments, model: Decoder, table: Shapes) -> Sha
 
 
 def _is_target(tuning: FinetuningArguments, name: str, shape: tuple[int, ...]) -> bool:
-    if "all" in tuning.lora_target:
-        return is_linear(name, shape)
+    if "all" in tuning.lora_target and is_linear(name, shape):
+        return True
     module = module_of(name) if name.endswith(".weight") else name
-    named = any(_ends_with(module, target) for target in tuning.lora_target)
-    return len(shape) >= 2 and (named or any(_matches(t, module) for t in tuning.lora_target))
+    owners = {joint_name(name), module_of(joint_name(name))} if is_expert(name) else {module}
+    return len(shape) >= 2 and any(
+        _ends_with(owner, t) or _matches(t, owner) for owner in owners for t in tuning.lora_target
+    )
 
 
 def _ends_with(module: str, name: str) -> bool:
