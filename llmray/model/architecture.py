@@ -21,7 +21,7 @@ Shapes = dict[str, tuple[int, ...]]  # name of a parameter -> its shape
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)")
 SINGLE = re.compile(r"experts\.(?:\d+\.)?(\w+?)(?:\.weight)?$")
 JOINT = {**dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj"), "w2": "down_proj"}
-EXPERT = re.compile(r"(?:^|\.)experts\.(?:\d+\.)?")
+EXPERT = re.compile(r"(?:^|\.)experts\.(\d+\.)?")
 
 # configurations that name a size in another way
 OTHER_NAMES = {
@@ -205,6 +205,12 @@ def is_expert(name: str) -> bool:
 def joint_name(name: str) -> str:
     """What an expert's parameter in a file is a part of in memory, where experts are joint."""
     return SINGLE.sub(lambda match: f"experts.{JOINT.get(match[1], match[1])}", name)
+
+
+def is_lone_expert(name: str) -> bool:
+    """Whether a parameter is that of one expert alone, not of all of a layer together."""
+    match = EXPERT.search(name)
+    return match is not None and match[1] is not None
 
 
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:

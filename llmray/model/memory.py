@@ -23,6 +23,7 @@ from llmray.model.architecture import (
     formats,
     is_expert,
     is_linear,
+    is_lone_expert,
     layer_of,
     read_config,
     shapes,
@@ -326,12 +327,19 @@ def _loading(arguments: RunArguments, table: Shapes, form: _Format, frozen: int)
 
 
 def _mapped(arguments: RunArguments, at: Situation, form: _Format, frozen: Shapes) -> int:
-    """Weights that nothing writes stay the pages of their files, where no cast is needed."""
+    """Weights that nothing writes stay the pages of their files, where no cast is needed.
+
+    Experts that lie one by one in the files are joined at loading: a copy.
+    """
     is_same = at.formats == {{2: "BF16", 4: "F32"}[form.frozen]}
     if not is_same or at.device != "cpu":
         return 0
     quantized = arguments.model.is_quantized
-    kept = {n: s for n, s in frozen.items() if not (quantized and is_linear(n, s))}
+    kept = {
+        name: shape
+        for name, shape in frozen.items()
+        if not (quantized and is_linear(name, shape)) and not is_lone_expert(name)
+    }
     return count(kept) * form.frozen
 
 

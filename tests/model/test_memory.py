@@ -214,6 +214,38 @@ def test_weights_that_are_quantised_in_their_files_are_counted_as_they_lie_there
     assert found.weights == 4 * number + 4 * 8 * 256 * 4  # an adapter of float32 beside them
 
 
+def test_what_stays_mapped():
+    """Frozen weights in the format of their file; not one by one experts, which are joined."""
+    model = architecture.Decoder(
+        "llama",
+        1,
+        8,
+        1,
+        8,
+        8,
+        8,
+        16,
+        32,
+        True,
+        False,
+        2,
+        False,
+        0,
+        architecture.Experts(2, 1, 4, 0),
+    )
+    plain = {"model.embed_tokens.weight": (32, 8), "model.layers.0.self_attn.q_proj.weight": (8, 8)}
+    lone = {"model.layers.0.mlp.experts.0.up_proj.weight": (4, 8)}
+    arguments = run_of("nowhere", lora_target="q_proj")
+
+    def mapped(formats, table, device="cpu"):
+        at = memory.Situation(8, 8, "fp32", False, device, formats=frozenset(formats))
+        return memory.estimate(arguments, model, table, at).mapped
+
+    assert mapped({"F32"}, plain) == 4 * (32 * 8 + 8 * 8)
+    assert mapped({"F32"}, plain | lone) == 4 * (32 * 8 + 8 * 8)
+    assert mapped({"BF16"}, plain) == mapped({"F32"}, plain, "cuda") == 0
+
+
 def test_shards_divide_what_they_spread(folders):
     arguments = run_of(folders / "llama", finetuning_type="full")
     model = architecture.decoder(architecture.read_config(folders / "llama"))
