@@ -107,6 +107,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     make_model(root / "model", amplify=2.0)
     make_tokenizer(root / "other")
     make_model(root / "other", amplify=3.0)
+    make_tokenizer(root / "wide")
+    make_model(root / "wide", amplify=2.0, hidden_size=64)  # 4-bit rows are whole blocks
     write_data(root / "data")
     made = Site(root)
     made.run(stage="dpo", max_steps=3, learning_rate=0.05)[0].rename(root / "adapter")
@@ -149,6 +151,7 @@ def test_kto_learns_what_is_wanted(site: Site) -> None:
         {"pissa_init": True, "lora_target": "q_proj,v_proj"},
         {"lora_dropout": 0.2},
         {"use_dora": True},
+        {"model_name_or_path": "@wide", "quantization_bit": 4},
     ],
     ids=lambda keys: "-".join(map(str, keys.values())).replace("@", ""),
 )
