@@ -63,7 +63,7 @@ def run_file(model: str, data: str, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, compare, publish."""
-    options = parse()
+    options = parse(__doc__)
     run = run_file(options.model, options.data, options.steps)
     plain = {**run, "disable_gradient_checkpointing": True}
     own = {**plain, "fp32": True, "truncation": "llamafactory"}

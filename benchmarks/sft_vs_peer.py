@@ -55,7 +55,7 @@ def run_file(model: str, data: str, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, compare, publish."""
-    options = parse()
+    options = parse(__doc__)
     run = run_file(options.model, options.data, options.steps)
     plain = {**run, "disable_gradient_checkpointing": True}
     measured: dict[str, list[Measured]] = {PEER: [], OURS: [], PEER_EQUAL: []}
@@ -131,10 +131,10 @@ def parameters(model: str) -> int:
     return total
 
 
-def parse() -> argparse.Namespace:
+def parse(description: str | None) -> argparse.Namespace:
     """The command line; paths may come from the environment."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for flag in ("peer-python", "model", "data"):
         variable = "LLMRAY_BENCH_" + flag.upper().replace("-", "_")

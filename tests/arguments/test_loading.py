@@ -122,7 +122,7 @@ def test_a_secret_stays_hidden_when_it_is_wrong():
 
 def test_all_problems_are_said_at_once():
     text = problems(
-        {"lora_rnk": 8, "learning_rate": "fast", "bf16": True, "fp16": True, "stage": "dpo"},
+        {"lora_rnk": 8, "learning_rate": "fast", "bf16": True, "fp16": True, "use_muon": True},
         ["cutoff_len=0", "word", "--nonsense", "5"],
     )
     for part in (
@@ -134,7 +134,7 @@ def test_all_problems_are_said_at_once():
         "nonsense is no key",
         "bf16=true with fp16=true",
         "model_name_or_path is not given",
-        "stage=dpo",
+        "use_muon=true",
     ):
         assert part in text
 
