@@ -275,7 +275,7 @@ def _no_advice() -> Iterator[None]:
     """Inside, peft is silent on names that transformers renames, and on weights that are tied."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        # peft 0.21 looks for the keys among modules alone; ours are checked, and may name parameters
+        # peft 0.21 looks for these among modules alone; ours are checked, and may name parameters
         said = "The following (rank|alpha)_pattern keys did not match"
         warnings.filterwarnings("ignore", said, RuntimeWarning)
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
