@@ -109,6 +109,8 @@ def known_beforehand(
     wish = arguments.rlhf.precompute_ref_logps
     if engine.reference is None or wish is False or not isinstance(data, PreparedRef):
         return {}
+    if isinstance(engine.reference, reference.AtTheStart) and engine.reference.is_yet_to_change:
+        return {}  # `true` is refused with the arguments
     digest = reference.identity(arguments, model_dir)
     kept = reference.Kept(data.path, digest, engine.world)
     found = kept.read({name: len(rows.table) for name, rows in tables.items()})

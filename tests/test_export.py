@@ -17,7 +17,7 @@ from tuned import saved, shake
 from llmray import cli, export, store
 from llmray.arguments.run import load
 from llmray.errors import ArgumentsError, ModelError, StoreError
-from llmray.model import adapters, tuning
+from llmray.model import adapters, pissa, tuning
 from llmray.model.load import load_model
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "qwen3_moe"]
@@ -210,6 +210,36 @@ def test_an_adapter_of_low_bits_goes_into_ordinary_weights(tmp_path, caplog):
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     expected = lone_logits(adapters.beside(plain, adapter, said.model), ROWS)
     torch.testing.assert_close(logits_of(tmp_path / "out"), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("converts", [True, False])
+def test_what_pissa_learned_beside_low_bits_goes_into_ordinary_weights(tmp_path, converts):
+    """W + s (B A - B0 A0), whether the file says so or the start lies beside it."""
+    base = base_of(tmp_path / "base", "llama", hidden_size=64)
+    keys = {"model_name_or_path": str(base), "template": "chatml", "quantization_bit": 4}
+    arguments = load({**TRAINING, **keys, "pissa_init": True, "pissa_convert": converts})
+    low = load_model(
+        base,
+        arguments.model,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        gradient_checkpointing=False,
+    )
+    tuned = tuning.apply(low, arguments, is_trainable=True, upcast=True)
+    start = pissa.of(tuned)
+    start.begin(tuned, lambda own: own)
+    shake(tuned)
+    adapter = saved(tuned, tmp_path / "adapter")
+    export.export(arguments_of({"llama": (base, adapter, None)}, tmp_path / "out"))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        for name, layer in pissa.lora_layers(tuned).items():
+            own = [layer.lora_B["default"].weight, layer.lora_A["default"].weight]
+            first = [start.tensors[f"{name}.lora_{side}.weight"] for side in "BA"]
+            change = layer.scaling["default"] * (own[0] @ own[1] - first[0] @ first[1])
+            plain.get_submodule(name.removeprefix("base_model.model.")).weight.add_(change)
+    expected = lone_logits(plain, ROWS)
+    torch.testing.assert_close(logits_of(tmp_path / "out"), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_a_whole_model_is_exported_as_it_is(made, tmp_path):

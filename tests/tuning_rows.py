@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from layouts import make_rows
 from safetensors.torch import save_file
-from tiny import build_model
+from tiny import build_model, make_model
 from torch import Tensor
 from tuned import KEYS, saved, shake, tuned
 
@@ -21,13 +23,15 @@ from llmray.arguments.run import load
 from llmray.batch import Batch
 from llmray.model import pissa
 from llmray.model.head import TokenModel
+from llmray.model.load import load_model
 from llmray.train import optimizers, schedules
 from llmray.train.engine import Engine
 from llmray.train.losses import LanguageModeling
 from llmray.train.parallel import World
 from llmray.train.precision import PRECISIONS
 
-# row -> keys; an adapter's name stands for the folder of it, a model type for the model
+# row -> keys; an adapter's name stands for the folder of it, a model type for the model, `wide` for
+# a folder of ordinary weights that are rounded at loading
 ROWS: dict[str, dict[str, Any]] = {
     "full": {"finetuning_type": "full"},
     "freeze-last": {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
@@ -43,6 +47,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "pissa": {"pissa_init": True},
     "pissa-dora": {"pissa_init": True, "use_dora": True, "pissa_iter": -1},
+    "pissa-4-bit": {"model": "wide", "pissa_init": True, "quantization_bit": 4},
+    "pissa-8-bit": {"model": "wide", "pissa_init": True, "quantization_bit": 8},
     "new-adapter": {"adapter_name_or_path": "plain", "create_new_adapter": True},
     "continued": {"adapter_name_or_path": "first,plain"},
     "continued-pissa": {"adapter_name_or_path": "pissa", "pissa_init": True},
@@ -69,6 +75,7 @@ def write_adapters(directory: Path) -> Path:
             start.begin(model, lambda own: own)
         shake(model, seed=seed, scale=0.05)
         saved(model, directory / name)
+    make_model(directory / "wide", amplify=2.0, hidden_size=64)
     return directory
 
 
@@ -76,7 +83,17 @@ def engine(row: str, adapters: Path, world: World, arch: str = "llama") -> Engin
     """The engine of a row over a tiny model, in float32."""
     keys = {"learning_rate": 0.01, "weight_decay": 0.1, **keys_of(row, adapters)}
     arguments = load({**KEYS, **keys})
-    model = build_model(ROWS[row].get("model", arch), amplify=2.0)
+    name = ROWS[row].get("model", arch)
+    if name == "wide":
+        model = load_model(
+            adapters / name,
+            arguments.model,
+            dtype=torch.float32,
+            device=world.device,
+            gradient_checkpointing=False,
+        )
+    else:
+        model = build_model(name, amplify=2.0)
     token_model = TokenModel(tuned(model, **keys), flat=True)
     trainable = {n: p for n, p in token_model.named_parameters() if p.requires_grad}
     options = arguments.optimizer
@@ -100,8 +117,15 @@ def train(of: Engine, first: int, last: int) -> None:
 
 
 def weights(of: Engine) -> dict[str, Tensor]:
-    """All of the model's weights, frozen ones too, by name."""
-    return {name: p.detach().clone() for name, p in of.model.named_parameters()}
+    """All of the model's weights, frozen ones too, by name; of low-bit ones the scales as well."""
+    found = {name: p.data.detach().clone() for name, p in of.model.named_parameters()}
+    for name, module in of.model.named_modules():
+        if isinstance(module, Linear4bit):
+            found[f"{name}.scales"] = module.weight.quant_state.absmax.clone()
+        elif isinstance(module, Linear8bitLt):
+            scales = module.weight.SCB if module.state.SCB is None else module.state.SCB
+            found[f"{name}.scales"] = scales.clone()
+    return found
 
 
 def main(adapters: Path, output: Path) -> None:

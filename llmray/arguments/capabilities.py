@@ -409,9 +409,17 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
     ),
     *map(_adds_to_low_bits, ("add_tokens", "add_special_tokens", "new_special_tokens_config")),
     Combination(
-        ("pissa_init", "quantization_bit"),
-        lambda flat: flat["pissa_init"] and flat["quantization_bit"] is not None,
-        "PiSSA of low-bit weights is not built yet. Remove one of the two.",
+        ("precompute_ref_logps", "pissa_init", "quantization_bit"),
+        lambda flat: (
+            flat["precompute_ref_logps"] is True
+            and flat["pissa_init"]
+            and flat["quantization_bit"] is not None
+            and not (
+                flat["adapter_name_or_path"] or flat["ref_model"] or flat["ref_model_adapters"]
+            )
+        ),
+        "Low-bit weights are rounded anew when PiSSA starts, at the first update; a reference that "
+        "is asked before would be another. Write precompute_ref_logps: auto.",
     ),
     Combination(
         ("pissa_init", "stage"),

@@ -7,8 +7,9 @@ and direction apart (DoRA): https://arxiv.org/abs/2402.09353.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,7 +27,8 @@ from llmray.arguments.run import RunArguments
 from llmray.errors import ArgumentsError, ModelError
 from llmray.model import adapter_files, embedding, pickled, pissa, targets
 from llmray.model.layers import linear_modules
-from llmray.model.quantize import is_low_bit, require_kind
+from llmray.model.load import load_config, load_ordinary
+from llmray.model.quantize import is_low_bit, of_checkpoint, require_kind
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -75,8 +77,13 @@ def create(model: PreTrainedModel, arguments: RunArguments) -> PeftModel:
     # get_peft_model puts the folder here, which may lie in a cache
     tuned.peft_config["default"].base_model_name_or_path = arguments.model.model_name_or_path
     if settings.pissa_init:
-        seed, converts = arguments.training.seed, settings.pissa_convert
-        pissa.attach(tuned, pissa.Start(settings.pissa_iter, seed, converts=converts))
+        start = pissa.Start(
+            settings.pissa_iter,
+            arguments.training.seed,
+            converts=settings.pissa_convert,
+            ordinary=_ordinary(model, arguments.model),
+        )
+        pissa.attach(tuned, start)
     return tuned
 
 
@@ -179,11 +186,28 @@ def _load(
             "of this very model is required: correct adapter_name_or_path or model_name_or_path."
         ) from error
     require_kind(model, use_dora=config.use_dora)
-    _begin_as_saved(tuned, directory, started)
+    _begin_as_saved(tuned, directory, started, _ordinary(model, model_args))
     return tuned
 
 
-def _begin_as_saved(tuned: PeftModel, directory: Path, started: Any) -> None:
+def _ordinary(
+    model: PreTrainedModel, model_args: ModelArguments
+) -> Callable[[], PreTrainedModel] | None:
+    """Reads what low-bit weights were rounded from; None where nothing was, or the files are so."""
+    directory = getattr(model, "llmray_directory", None)
+    if directory is None or not is_low_bit(model):
+        return None
+    if of_checkpoint(load_config(directory, model_args)) is not None:
+        return None
+    return partial(load_ordinary, directory, model_args)
+
+
+def _begin_as_saved(
+    tuned: PeftModel,
+    directory: Path,
+    started: Any,
+    ordinary: Callable[[], PreTrainedModel] | None,
+) -> None:
     """Take from the base what an adapter of PiSSA started from."""
     if not str(started).startswith("pissa"):
         return
@@ -196,7 +220,8 @@ def _begin_as_saved(tuned: PeftModel, directory: Path, started: Any) -> None:
         )
     state = {name: p.detach().clone() for name, p in tuned.named_parameters() if ".lora_" in name}
     _, _, number = str(started).rpartition("_niter_")
-    start = pissa.Start(int(number) if number.isdecimal() else -1, 0, converts=False)
+    iterations = int(number) if number.isdecimal() else -1
+    start = pissa.Start(iterations, 0, converts=False, ordinary=ordinary)
     pissa.attach(tuned, start)
     start.restore(tuned, kept)
     with torch.no_grad():

@@ -120,6 +120,27 @@ def load_model(
     return model
 
 
+def load_ordinary(directory: Path | str, model_args: ModelArguments) -> PreTrainedModel:
+    """The model of a folder as its files have it, on the CPU, to read its weights.
+
+    Args:
+        directory: of ordinary weights.
+        model_args: whether code may run; nothing else of it counts.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    folder = Path(directory)
+    config = load_config(folder, model_args)
+    settings = {"dtype": "auto", "trust_remote_code": model_args.trust_remote_code}
+    try:
+        with quiet(), optional_imports():
+            pickled.require_safe(folder, model_args)
+            return _from_files(folder, config, torch.device("cpu"), settings)
+    except (OSError, ValueError, RuntimeError, ImportError, *DAMAGED) as error:
+        raise _unreadable(folder, error) from error
+
+
 def _from_files(
     directory: Path, config: PretrainedConfig, device: torch.device, settings: dict[str, Any]
 ) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 W = U S V^T. With the r largest singular values, A = S_r^(1/2) V_r^T and B = U_r S_r^(1/2), each
 over the root of the adapter's scale s; the base keeps W - s B A, so that nothing changes at first.
+Beside low-bit weights W is the ordinary one, and what is left of it is rounded (QPiSSA).
 What A and B were then (`Start`) belongs to the model from there on: a resume needs it to have the
 same base again, and only with it is the adapter worth anything on the original weights.
 """
@@ -17,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from llmray.errors import ArgumentsError, CheckpointError
+from llmray.model import quantize
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -34,10 +37,20 @@ class Start(nn.Module):
         iterations: of the approximate decomposition; negative for the exact one.
         seed: of the approximate decomposition.
         converts: whether the adapter is saved as one for the original weights.
+        ordinary: reads the model of ordinary weights whose low-bit ones the base holds; None where
+            there is none.
     """
 
-    def __init__(self, iterations: int, seed: int, *, converts: bool) -> None:
+    def __init__(
+        self,
+        iterations: int,
+        seed: int,
+        *,
+        converts: bool,
+        ordinary: Callable[[], nn.Module] | None = None,
+    ) -> None:
         super().__init__()
+        self.ordinary = ordinary
         self.iterations = iterations
         self.seed = seed
         self.converts = converts
@@ -58,7 +71,8 @@ class Start(nn.Module):
             agree: gives every rank what rank 0 passes.
         """
         if not self.has_begun:
-            self.restore(model, agree(self._decompose(model)))
+            weights = self._weights(model)
+            self._take_away(model, agree(self._decompose(model, weights)), weights)
 
     @torch.no_grad()
     def restore(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -79,17 +93,44 @@ class Start(nn.Module):
                     "overwrite_output_dir: true to start anew."
                 )
             return
+        self._take_away(model, tensors, self._weights(model))
+
+    def _weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The matrices (out, in) that have an adapter; of low-bit ones what they were rounded from.
+
+        Those lie where the files are read, which may be another device.
+        """
+        found, source = {}, None
+        for name, layer in lora_layers(model).items():
+            module, is_turned = layer.get_base_layer(), layer.fan_in_fan_out
+            if _is_rounded(module):
+                if source is None:
+                    assert self.ordinary is not None  # `attach` saw to it
+                    source = self.ordinary()
+                module = source.get_submodule(_short(name))
+                is_turned = isinstance(module, Conv1D)
+            weight = module.weight.detach()
+            found[name] = weight.T if is_turned else weight
+        return found
+
+    @torch.no_grad()
+    def _take_away(
+        self, model: nn.Module, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    ) -> None:
         for name, layer in lora_layers(model).items():
             down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
             down.copy_(tensors[f"{name}.lora_A.weight"])
             up.copy_(tensors[f"{name}.lora_B.weight"])
-            weight = layer.get_base_layer().weight
+            weight, module = weights[name], layer.get_base_layer()
             part = layer.scaling[ADAPTER] * (up.double() @ down.double())
-            weight.copy_(weight.double() - (part.T if layer.fan_in_fan_out else part))
+            if _is_rounded(module):
+                quantize.replace(module, weight.to(part) - part)
+            else:
+                weight.copy_(weight.double() - part)
         self.tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
     @torch.no_grad()
-    def _decompose(self, model: nn.Module) -> dict[str, Tensor]:
+    def _decompose(self, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         layers = lora_layers(model)
         devices = {layer.get_base_layer().weight.device for layer in layers.values()}
@@ -97,8 +138,7 @@ class Start(nn.Module):
         with torch.random.fork_rng(devices=on_gpu):
             torch.manual_seed(self.seed)
             for name, layer in layers.items():
-                weight = layer.get_base_layer().weight.float()
-                weight = weight.T if layer.fan_in_fan_out else weight
+                weight = weights[name].to(layer.get_base_layer().weight.device).float()
                 down, up = principal(weight, layer.r[ADAPTER], self.iterations)
                 root, kind = math.sqrt(layer.scaling[ADAPTER]), layer.lora_A[ADAPTER].weight.dtype
                 found[f"{name}.lora_A.weight"] = (down / root).to(kind).cpu()
@@ -135,32 +175,45 @@ def attach(model: Any, start: Start) -> None:
     shared = base.get_input_embeddings()
     for name, layer in lora_layers(model).items():
         target = layer.get_base_layer()
-        short, rank = name.removeprefix("base_model.model."), layer.r[ADAPTER]
+        short, rank = _short(name), layer.r[ADAPTER]
         if not hasattr(layer, "lora_A") or ADAPTER not in layer.lora_A:
             raise ArgumentsError(
                 f"pissa_init=true with lora_target {short}, an embedding: linear modules alone are "
                 "decomposed. Remove it from lora_target."
             )
-        if not target.weight.is_floating_point():
+        if _is_rounded(target) and start.ordinary is None:
             raise ArgumentsError(
-                f"the weights of {short} are in low bits, and PiSSA takes a part of them away, "
-                "which must go before they are rounded. Convert the adapter first "
-                "(pissa_convert: true), or remove quantization_bit."
+                f"the model's files have the weights of {short} in low bits, and PiSSA takes a "
+                "part of them away, which must go before they are rounded. Ordinary weights are "
+                "required: name that model, with quantization_bit, or an adapter that was "
+                "converted (pissa_convert: true)."
             )
         if target.weight is getattr(shared, "weight", None):
             raise ArgumentsError(
                 f"pissa_init=true with lora_target {short}: its weight is the embedding's too, "
                 "which would change with it. Remove it from lora_target."
             )
-        if rank > min(target.weight.shape):
+        shape = quantize.shape(target.weight)
+        if rank > min(shape):
             raise ArgumentsError(
                 f"pissa_init=true with rank {rank}, but {short} is a matrix of "
-                f"{tuple(target.weight.shape)}. At most its smaller side is required: lower "
+                f"{tuple(shape)}. At most its smaller side is required: lower "
                 "lora_rank, or give this module its own in lora_rank_pattern."
             )
     model.add_module("pissa_start", start)
     depth = "pissa" if start.iterations < 0 else f"pissa_niter_{start.iterations}"
     model.peft_config[ADAPTER].init_lora_weights = depth
+
+
+def _short(name: str) -> str:
+    """What the model inside peft's calls a module."""
+    return name.removeprefix("base_model.model.")
+
+
+def _is_rounded(module: nn.Module) -> bool:
+    """Whether a module's weights are in low bits, under whatever name."""
+    weight = getattr(module, "weight", None)
+    return weight is None or not weight.is_floating_point()
 
 
 def of(model: nn.Module) -> Start | None:

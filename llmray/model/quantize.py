@@ -14,7 +14,7 @@ from logging import ERROR, getLogger
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmray.arguments.model import ModelArguments
@@ -173,8 +173,40 @@ def require_kind(model: nn.Module, *, use_dora: bool) -> None:
 
 def num_weights(parameter: nn.Parameter) -> int:
     """How many weights a parameter stands for: packed ones are more than its elements."""
+    return math.prod(shape(parameter))
+
+
+def shape(parameter: Tensor) -> torch.Size:
+    """The shape of the matrix that a parameter stands for."""
     state = getattr(parameter, "quant_state", None)  # of bitsandbytes' 4-bit parameters
-    return parameter.numel() if state is None else math.prod(state.shape)
+    return parameter.shape if state is None else state.shape
+
+
+def replace(module: Any, weight: Tensor) -> None:
+    """Round other weights into a linear module of bitsandbytes, as its own were.
+
+    Args:
+        module: of 4 or 8 bits.
+        weight: (out, in), of any floating dtype.
+    """
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    old = module.weight
+    if isinstance(old, Params4bit):
+        rounded = Params4bit(
+            weight.to(old.quant_state.dtype),
+            requires_grad=False,
+            blocksize=old.blocksize,
+            compress_statistics=old.compress_statistics,
+            quant_type=old.quant_type,
+            quant_storage=old.quant_storage,
+            module=module,
+        )
+        module.weight = rounded.to(old.device)
+        return
+    # only what comes from the CPU is rounded
+    module.weight = Int8Params(weight.float().cpu(), requires_grad=False).to(old.device)
+    module.init_8bit_state()  # else the scales are the old ones until a forward pass
 
 
 def _require_whole_blocks(name: str, module: Any) -> None:

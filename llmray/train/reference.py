@@ -77,6 +77,11 @@ class AtTheStart:
         start = pissa.of(policy)
         self._pending = None if start is None or start.has_begun else start
 
+    @property
+    def is_yet_to_change(self) -> bool:
+        """Whether the first update rounds the base anew, after which the start is another."""
+        return self._pending is not None and self._pending.ordinary is not None
+
     @contextmanager
     def at_work(self, policy: TokenModel) -> Iterator[TokenModel]:
         """See `Reference`."""

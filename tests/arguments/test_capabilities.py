@@ -179,7 +179,11 @@ COMBINED = {
         "new_special_tokens_config": "t.yaml",
         "quantization_bit": 4,
     },
-    ("pissa_init", "quantization_bit"): {"pissa_init": True, "quantization_bit": 4},
+    ("precompute_ref_logps", "pissa_init", "quantization_bit"): {
+        "precompute_ref_logps": True,
+        "pissa_init": True,
+        "quantization_bit": 4,
+    },
     ("pissa_init", "stage"): {"pissa_init": True, "stage": "ppo"},
     ("use_dora", "quantization_method"): {
         "use_dora": True,

@@ -6,13 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file
 from tiny import build_model
+from transformers.pytorch_utils import Conv1D
 from tuned import logprobs, saved, shake, tuned
 
+from llmray.arguments.model import ModelArguments
 from llmray.errors import ArgumentsError, CheckpointError, ModelError
 from llmray.model import pissa
+from llmray.model.layers import linear_modules
+from llmray.model.load import load_model
+
+CPU = torch.device("cpu")
 
 ARCHITECTURES = ["llama", "qwen3", "gemma3_text", "qwen3_moe", "gpt2"]
 
@@ -206,22 +214,151 @@ def test_the_start_lies_beside_the_adapter_as_it_was(tmp_path):
     assert found.keys() == load_file(tmp_path / "adapter_model.safetensors").keys()
 
 
-def test_low_bit_weights_cannot_be_decomposed(tmp_path):
-    """Why PiSSA of low-bit weights is refused: peft knows no way, and its start takes from W."""
-    from bitsandbytes.nn import Linear4bit
+# ---- beside low-bit weights -----------------------------------------------------------------
 
-    def low_bit():
-        model = build_model(hidden_size=64, amplify=2.0)
-        layer = model.model.layers[0].self_attn.q_proj
-        packed = Linear4bit(layer.in_features, layer.out_features, bias=False)
-        packed.load_state_dict(layer.state_dict())
-        model.model.layers[0].self_attn.q_proj = packed.to("cpu")
-        return model
+BITS = [4, 8]
+LOW_BIT_ARCHITECTURES = ["llama", "gemma3_text", "qwen3_moe", "gpt2"]
 
-    config = LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa")
-    with pytest.raises(TypeError, match="initialize PiSSA under float32, float16, or bfloat16"):
-        get_peft_model(low_bit(), config)
-    model = begun(build_model(hidden_size=64, amplify=2.0), lora_target="q_proj")
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Models whose matrices have a few large singular values, as trained ones do."""
+    root = tmp_path_factory.mktemp("ordinary")
+    for arch in LOW_BIT_ARCHITECTURES:
+        sizes = {"n_embd": 64} if arch == "gpt2" else {"hidden_size": 64, "head_dim": 16}
+        model = build_model(arch, amplify=2.0, **sizes)
+        generator = torch.Generator().manual_seed(0)
+        for module in linear_modules(model).values():
+            one, two = (torch.randn(n, 4, generator=generator) for n in module.weight.shape)
+            module.weight.data.add_(0.02 * one @ two.T)
+        model.save_pretrained(root / arch)
+    return root
+
+
+def read(folder, bits=None, **keys):
+    arguments = ModelArguments(quantization_bit=bits, **keys)
+    return load_model(
+        folder, arguments, dtype=torch.float32, device=CPU, gradient_checkpointing=False
+    )
+
+
+def dense(layer):
+    """What a low-bit layer multiplies by, beside its adapter."""
+    module = layer.get_base_layer()
+    return dequantize_module_weight(module).detach().float()
+
+
+def low_bit_start(folder, bits=4, **keys):
+    return begun(read(folder, bits), quantization_bit=bits, **keys)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("arch", LOW_BIT_ARCHITECTURES)
+def test_low_bits_hold_what_the_decomposition_left(arch, bits, folders):
+    """Each residual is W less the adapter, rounded as bitsandbytes rounds it alone; and nearer to
+    it than the rounded W is to W: section 4 of the paper (QPiSSA)."""
+    ordinary = read(folders / arch)
+    plain = pissa.lora_layers(tuned(read(folders / arch, bits), quantization_bit=bits))
+    layers = pissa.lora_layers(low_bit_start(folders / arch, bits, lora_rank=4))
+    assert layers.keys() == plain.keys()
+    for name, layer in layers.items():
+        assert not layer.get_base_layer().weight.is_floating_point()
+        source = ordinary.get_submodule(name.removeprefix("base_model.model."))
+        weight = source.weight.detach()
+        weight = weight.T if isinstance(source, Conv1D) else weight
+        rest = weight - product(layer).detach()
+        if bits == 4:
+            packed, state = quantize_4bit(
+                rest.contiguous(), quant_type="nf4", compress_statistics=True
+            )
+            expected = dequantize_4bit(packed, state)
+        else:
+            scale = rest.half().float().abs().amax(1, keepdim=True) / 127
+            expected = (rest.half().float() / scale).round() * scale
+        # where rest lies between two values, one or two of a matrix may round the other way
+        assert (dense(layer) - expected).norm() < 0.02 * expected.norm()
+        of_plain = torch.linalg.matrix_norm(weight - dense(plain[name]), "nuc")
+        own = torch.linalg.matrix_norm(rest - dense(layer), "nuc")
+        assert own < 0.9 * of_plain, name
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_start_is_nearer_to_the_ordinary_model_than_low_bits_are(bits, folders):
+    exact = logprobs(read(folders / "llama"))
+    plain = (logprobs(read(folders / "llama", bits)) - exact).abs().mean()
+    own = (logprobs(low_bit_start(folders / "llama", bits)) - exact).abs().mean()
+    assert 0 < own < 0.8 * plain
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("arch", LOW_BIT_ARCHITECTURES)
+def test_a_converted_adapter_of_low_bits_goes_onto_the_ordinary_model(
+    arch, bits, folders, tmp_path
+):
+    """Its error is the rounding of the residual alone: exact where that is put back."""
+    start = logprobs(read(folders / arch))
+    model = low_bit_start(folders / arch, bits, pissa_convert=True, lora_rank=4)
+    shake(model, scale=0.02)
+    end = logprobs(model)
     path = saved(model, tmp_path)
-    with pytest.raises(ArgumentsError, match="in low bits, and PiSSA takes a part of them away"):
-        tuned(low_bit(), adapter_name_or_path=path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 8
+    found = logprobs(PeftModel.from_pretrained(read(folders / arch), path))
+    assert (found - start).abs().max() > 0.01
+    ordinary = read(folders / arch)
+    rounding = {}
+    for name, layer in pissa.lora_layers(model).items():
+        source = ordinary.get_submodule(name.removeprefix("base_model.model."))
+        kept = [pissa.of(model).tensors[f"{name}.lora_{side}.weight"] for side in "BA"]
+        left = dense(layer) + layer.scaling["default"] * kept[0] @ kept[1]
+        left = left.T if isinstance(source, Conv1D) else left
+        rounding[name] = (left - source.weight).detach().norm() / source.weight.norm()
+        source.weight.data.copy_(left)
+    assert 0 < max(rounding.values()) < (0.1 if bits == 4 else 0.01)
+    # products of 8 bits round their inputs in evaluation
+    exact = logprobs(PeftModel.from_pretrained(ordinary, path))
+    torch.testing.assert_close(exact, end, atol=1e-4 if bits == 4 else 0.1, rtol=0)
+    assert (found - end).abs().mean() < (0.2 if bits == 4 else 0.05)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_an_adapter_of_low_bits_goes_on_answers_and_merges(bits, folders, tmp_path):
+    variant = {"use_dora": True} if bits == 4 else {}
+    model = low_bit_start(folders / "llama", bits, **variant)
+    shake(model, scale=0.02)
+    path = saved(model, tmp_path)
+    assert (tmp_path / pissa.FILE).is_file()
+    end = logprobs(model)
+    keys = {"adapter_name_or_path": path, "quantization_bit": bits}
+    again = tuned(read(folders / "llama", bits), pissa_init=True, **keys)
+    assert torch.equal(logprobs(again), end)
+    beside = tuned(read(folders / "llama", bits), is_trainable=False, **keys)
+    assert torch.equal(logprobs(beside), end)
+    merged = tuned(read(folders / "llama"), is_trainable=False, adapter_name_or_path=path)
+    assert 0 < (logprobs(merged) - end).abs().mean() < 0.2
+    assert not hasattr(merged, "peft_config")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_an_evaluation_before_the_start_leaves_no_scales_behind(bits, folders):
+    model = tuned(read(folders / "llama", bits), pissa_init=True, quantization_bit=bits)
+    before = logprobs(model)
+    assert torch.equal(before, logprobs(read(folders / "llama", bits)))
+    pissa.of(model).begin(model, alone)
+    assert torch.equal(logprobs(model), logprobs(low_bit_start(folders / "llama", bits)))
+
+
+def test_files_in_low_bits_have_nothing_to_decompose(folders, tmp_path):
+    """Without the ordinary weights what was rounded away is gone."""
+    read(folders / "llama", 4).save_pretrained(tmp_path / "low")
+    for keys in ({}, {"quantization_bit": 4}):
+        low = read(tmp_path / "low", keys.get("quantization_bit"))
+        with pytest.raises(ArgumentsError, match=r"files have .* in low bits.* Ordinary weights"):
+            tuned(low, pissa_init=True, **keys)
+    path = saved(low_bit_start(folders / "llama"), tmp_path / "adapter")
+    with pytest.raises(ArgumentsError, match=r"files have .* in low bits"):
+        tuned(read(tmp_path / "low"), adapter_name_or_path=path)
+
+
+def test_rank_of_low_bits_is_that_of_the_matrix(folders):
+    with pytest.raises(ArgumentsError, match=r"rank 65, but .* is a matrix of \(\d+, \d+\)"):
+        tuned(read(folders / "llama", 4), pissa_init=True, quantization_bit=4, lora_rank=65)

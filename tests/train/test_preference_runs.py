@@ -171,6 +171,32 @@ def test_the_reference_is_the_policy_as_it_was(site: Site, keys: dict[str, Any])
         assert one["rewards/margins"] == pytest.approx(other["rewards/margins"], abs=2e-4)
 
 
+def test_a_reference_whose_base_is_yet_to_be_rounded_anew_is_asked_as_rows_come(
+    site: Site,
+) -> None:
+    """PiSSA beside low bits: asked beforehand, it would be the model before the decomposition."""
+    keys: dict[str, Any] = {
+        "model_name_or_path": str(site.root / "wide"),
+        "quantization_bit": 4,
+        "pissa_init": True,
+    }
+    training = site.assemble(**keys, num_train_epochs=2, max_steps=-1)
+    engine = training.core.engine
+    assert engine.reference is not None
+    batch = training.train.step(0)[0]
+    beforehand = engine.reference_logprobs(batch)
+    log = site.log(**keys)
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert abs(log[-1]["rewards/margins"]) > 1e-3
+    engine.forward_backward([batch], training.core.objective)
+    started = engine.reference_logprobs(batch)
+    assert (started - beforehand).abs().max() > 1e-3
+    engine.optim_step()
+    assert torch.equal(engine.reference_logprobs(batch), started)
+    with pytest.raises(ArgumentsError, match="would be another"):
+        site.arguments(**keys, precompute_ref_logps=True)
+
+
 def test_the_reference_is_frozen_and_the_policy_untouched_by_it(site: Site) -> None:
     """Its answers are the same after training, and asking it changes nothing that trains."""
     for keys in ({}, {"finetuning_type": "full"}, {"pissa_init": True, "lora_target": "q_proj"}):
