@@ -344,7 +344,24 @@ def test_an_evaluation_before_the_start_leaves_no_scales_behind(bits, folders):
     before = logprobs(model)
     assert torch.equal(before, logprobs(read(folders / "llama", bits)))
     pissa.of(model).begin(model, alone)
+    ordinary = read(folders / "llama")
+    for name, layer in pissa.lora_layers(model).items() if bits == 8 else ():
+        source = ordinary.get_submodule(name.removeprefix("base_model.model."))
+        largest = (source.weight - product(layer)).abs().amax(1).detach()
+        torch.testing.assert_close(layer.get_base_layer().state.SCB, largest, atol=0, rtol=2e-3)
     assert torch.equal(logprobs(model), logprobs(low_bit_start(folders / "llama", bits)))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_rest_is_rounded_as_the_whole_was(kind, nested, folders):
+    keys = {"quantization_type": kind, "double_quantization": nested}
+    model = tuned(read(folders / "llama", 4, **keys), pissa_init=True, quantization_bit=4, **keys)
+    pissa.of(model).begin(model, alone)
+    for layer in pissa.lora_layers(model).values():
+        state = layer.get_base_layer().weight.quant_state
+        assert (state.quant_type, state.nested, state.blocksize) == (kind, nested, 64)
+        assert layer.get_base_layer().quant_state is state
 
 
 def test_files_in_low_bits_have_nothing_to_decompose(folders, tmp_path):
