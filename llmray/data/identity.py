@@ -23,6 +23,7 @@ from llmray.data.sources import DataSet
 from llmray.errors import DataError
 
 if TYPE_CHECKING:
+    from llmray.arguments.data import DataArguments
     from llmray.arguments.run import RunArguments
 
 # Raise it with every change of llmray.data that changes what is prepared from the same inputs.
@@ -146,19 +147,23 @@ def describe(
         found["mixing"] = [data.mix_strategy, *data.interleave_probs]
     if data.val_size or "mixing" in found:
         found["seed"] = seed
+    return found | _of_rows(data, stage)
+
+
+def _of_rows(data: DataArguments, stage: str) -> dict[str, Any]:
+    """What decides how a text or a conversation becomes a row."""
     if stage == "pt":
-        found["packing"] = data.packs(stage)
-    else:
-        found |= {
-            "train_on_prompt": data.train_on_prompt,
-            "mask_history": data.mask_history,
-            "default_system": data.default_system,
-            "tool_format": data.tool_format,
-            "enable_thinking": data.enable_thinking,
-            "preserve_thinking": data.preserve_thinking,
-        }
-        if data.packs(stage):
-            found["packing"] = True
+        return {"packing": data.packs(stage)}
+    found: dict[str, Any] = {
+        "train_on_prompt": data.train_on_prompt,
+        "mask_history": data.mask_history,
+        "default_system": data.default_system,
+        "tool_format": data.tool_format,
+        "enable_thinking": data.enable_thinking,
+        "preserve_thinking": data.preserve_thinking,
+    }
+    if data.packs(stage):
+        found["packing"] = True
     return found
 
 

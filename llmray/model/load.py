@@ -80,22 +80,7 @@ def load_model(
     is_stretched = rope.configure(config, model_args.rope_scaling, cutoff_len, adapters)
     if model_args.trust_remote_code:
         log.warning("trust_remote_code: Python code in %s may run", directory)
-    settings: dict[str, Any] = {
-        "dtype": dtype,
-        "attn_implementation": choice.kernel.own,
-        "trust_remote_code": model_args.trust_remote_code,
-    }
-    try:
-        with quiet(), optional_imports():
-            if model_args.train_from_scratch:
-                config.__dict__.pop("quantization_config", None)  # of weights that are not read
-                model = AutoModelForCausalLM.from_config(config, **settings)
-            else:
-                pickled.require_safe(directory, model_args)
-                low_bit = quantize.settings(config, model_args, dtype=dtype, device=device)
-                model = _from_files(directory, config, device, settings | low_bit)
-    except (OSError, ValueError, RuntimeError, ImportError, *DAMAGED) as error:
-        raise _unreadable(directory, error) from error
+    model = _read(directory, config, model_args, choice.kernel.own, dtype=dtype, device=device)
     if quantize.is_low_bit(model):  # lies where it was quantised
         quantize.settle(model, dtype)
         model = model.eval()
@@ -139,6 +124,36 @@ def load_ordinary(directory: Path | str, model_args: ModelArguments) -> PreTrain
             return _from_files(folder, config, torch.device("cpu"), settings)
     except (OSError, ValueError, RuntimeError, ImportError, *DAMAGED) as error:
         raise _unreadable(folder, error) from error
+
+
+def _read(
+    directory: Path,
+    config: PretrainedConfig,
+    model_args: ModelArguments,
+    attention: str | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    """The model with the folder's weights, in low bits where asked for, or with weights of its own.
+
+    `attention` is transformers' name of what computes it, None for the model's own choice.
+    """
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+    try:
+        with quiet(), optional_imports():
+            if model_args.train_from_scratch:
+                config.__dict__.pop("quantization_config", None)  # of weights that are not read
+                return AutoModelForCausalLM.from_config(config, **settings)
+            pickled.require_safe(directory, model_args)
+            low_bit = quantize.settings(config, model_args, dtype=dtype, device=device)
+            return _from_files(directory, config, device, settings | low_bit)
+    except (OSError, ValueError, RuntimeError, ImportError, *DAMAGED) as error:
+        raise _unreadable(directory, error) from error
 
 
 def _from_files(
