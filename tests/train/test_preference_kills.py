@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from preference_rows import write_preferences
 from safetensors.torch import load_file
 
 from llmray.train.observers import read_log
@@ -21,24 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 @pytest.fixture
 def keys(tmp_path: Path, tiny_llama_dir: Path) -> dict[str, Any]:
-    pairs = [
-        {
-            "instruction": f"Say {i}.",
-            "chosen": "yes " * (i % 5 + 1),
-            "rejected": "no " * (i % 3 + 1),
-        }
-        for i in range(30)
-    ]
-    judged = [
-        {"instruction": f"Say {i}.", "output": "yes " * (i % 5 + 1), "kto_tag": i % 2 > 0}
-        for i in range(30)
-    ]
-    info = {
-        "pairs": {"file_name": "pairs.json", "ranking": True},
-        "judged": {"file_name": "judged.json", "columns": {"kto_tag": "kto_tag"}},
-    }
-    for name, value in (("pairs", pairs), ("judged", judged), ("dataset_info", info)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    write_preferences(tmp_path, 30, 2)
     return {
         "do_train": True,
         "model_name_or_path": str(tiny_llama_dir),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from preference_on_ranks import train
+from preference_rows import write_preferences
 from safetensors.torch import load_file
 
 from llmray.train.observers import read_log
@@ -58,24 +59,7 @@ def runs(root: Path, model: Path, ranks: int) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
     root = tmp_path_factory.mktemp("ranks")
-    pairs = [
-        {
-            "instruction": f"Say {i}.",
-            "chosen": "yes " * (i % 5 + 1),
-            "rejected": "no " * (i % 3 + 1),
-        }
-        for i in range(14)
-    ]
-    judged = [
-        {"instruction": f"Say {i}.", "output": "yes " * (i % 5 + 1), "kto_tag": i % 4 > 0}
-        for i in range(14)
-    ]
-    info = {
-        "pairs": {"file_name": "pairs.json", "ranking": True},
-        "judged": {"file_name": "judged.json", "columns": {"kto_tag": "kto_tag"}},
-    }
-    for name, value in (("pairs", pairs), ("judged", judged), ("dataset_info", info)):
-        (root / f"{name}.json").write_text(json.dumps(value))
+    write_preferences(root, 14, 4)
     for keys in runs(root, tiny_llama_dir, 1):
         train(keys, root / "prepared", World.single(torch.device("cpu")))
     (root / "runs.json").write_text(json.dumps(runs(root, tiny_llama_dir, 2)))
