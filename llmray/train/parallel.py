@@ -24,6 +24,8 @@ log = getLogger("llmray")
 
 T = TypeVar("T")
 
+_ended: list[dist.ProcessGroup | None] = []  # the process group that ended last
+
 
 @dataclass(frozen=True)
 class World:
@@ -107,8 +109,13 @@ class World:
         )
 
     def close(self) -> None:
-        """End the process group if there is one."""
+        """End the process group if there is one.
+
+        Its object is kept until the next one ends. DDP's reducer would else own it last and free
+        it under the GIL, waiting for a thread of gloo's that may wait for the GIL (torch 2.13).
+        """
         if dist.is_initialized():
+            _ended[:] = [dist.group.WORLD]
             dist.destroy_process_group()
 
 
