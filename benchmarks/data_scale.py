@@ -141,7 +141,7 @@ def rss_anon(number: int) -> float:
 
 def prepare(root: str, run: str, out: str) -> None:
     """Prepare the data and write how long it took."""
-    from llmray.arguments.run import load
+    from llmray.arguments.loading import load
     from llmray.data import prepared
 
     arguments = load(Path(run))
@@ -157,7 +157,7 @@ def open_again(root: str, run: str, out: str) -> None:
     """Find the data as a second run does, open it, read a row; write how long that took."""
     import pyarrow.ipc  # noqa: F401 -- imports are not what is measured
 
-    from llmray.arguments.run import load
+    from llmray.arguments.loading import load
     from llmray.data import prepared
 
     arguments = load(Path(run))

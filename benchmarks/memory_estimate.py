@@ -237,7 +237,7 @@ def build(name: str, place: Path) -> None:
 
 def settings(place: str, keys: dict[str, Any], recomputes: bool, dtype: str) -> Any:
     """The arguments of a run that would do these steps."""
-    from llmray.arguments.run import load
+    from llmray.arguments.loading import load
 
     return load(
         {

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from llmray.arguments import environment
-from llmray.arguments.run import RunArguments, load
+from llmray.arguments.loading import load
+from llmray.arguments.run import RunArguments
 from llmray.data import access, prepared
 
 IGNORED = -100

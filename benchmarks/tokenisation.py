@@ -133,7 +133,7 @@ def _spawn(
 
 def ours(root: str, run: str, out: str) -> None:
     """Prepare the data and write how long it took, imports of the tokenizer excluded."""
-    from llmray.arguments.run import load
+    from llmray.arguments.loading import load
     from llmray.data import prepared, tokenizer
 
     arguments = load(Path(run))
@@ -161,7 +161,7 @@ def bare(root: str, run: str, out: str) -> None:
     """Tokenize the same texts, rendered before, and write how long it took."""
     from tokenizers import Tokenizer
 
-    from llmray.arguments.run import load
+    from llmray.arguments.loading import load
     from llmray.data import prepared
 
     arguments = load(Path(run))

@@ -42,7 +42,7 @@ def main() -> None:
     from torch.profiler import ProfilerActivity, profile
 
     from llmray import local
-    from llmray.arguments.run import load
+    from llmray.arguments.loading import load
 
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:

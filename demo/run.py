@@ -60,7 +60,7 @@ def fetch_model() -> None:
 
 def ask(overrides: tuple[str, ...]) -> list[str]:
     """The model's answers to the questions, each in a conversation of its own."""
-    from llmray.arguments.run import load
+    from llmray.arguments.loading import load
     from llmray.serve.answering import generate_answers
 
     words = ("do_sample=false", "max_new_tokens=40", "use_ray=false", *overrides)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from llmray import comparison, hub
 from llmray.arguments.best import best_metric, compares_evaluations
+from llmray.arguments.loading import replace
 from llmray.arguments.run import RunArguments
 from llmray.data import prepared
 from llmray.data.access import StreamRef
@@ -247,7 +248,8 @@ def reading_ahead(arguments: RunArguments, device: torch.device) -> Ahead:
 def _resolved(
     arguments: RunArguments, numbers: precision.Precision, *, recomputes: bool
 ) -> RunArguments:
-    return arguments.replace(
+    return replace(
+        arguments,
         **numbers.keys(),
         disable_gradient_checkpointing=not recomputes,
         use_ray=arguments.ray_enabled,

@@ -400,7 +400,7 @@ class _LineFormatter(logging.Formatter):
 
 
 def _load(words: list[str]) -> RunArguments:
-    from llmray.arguments.run import load
+    from llmray.arguments.loading import load
 
     if not words:
         raise ArgumentsError(

@@ -92,7 +92,7 @@ def _plain(value: Any) -> Any:
 
 def _run_of(folder: Path) -> RunArguments | None:
     """The arguments that a run left in its folder; None where there are none that still load."""
-    from llmray.arguments.run import load
+    from llmray.arguments.loading import load
 
     path = folder / RUN_FILE
     if not path.is_file():

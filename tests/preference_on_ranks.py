@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmray import hub
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.data import access
 from llmray.run import Context, run
 from llmray.train.parallel import World

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmray import local
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.errors import CheckpointError, ModelError
 from llmray.serve.answering import Answerer
 from llmray.train.observers import read_log

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from llmray import cli, local
 from llmray.arguments import environment
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.train.observers import read_log
 
 RUN = {

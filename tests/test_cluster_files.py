@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from llmray.arguments import environment
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"

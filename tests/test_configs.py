@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from tuned import saved, shake
 
 from llmray import cli, export, store
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.errors import ArgumentsError, ModelError, StoreError
 from llmray.model import adapters, pissa, tuning
 from llmray.model.load import load_model

@@ -33,7 +33,7 @@ def test_every_module_imports_and_says_what_it_is(name: str) -> None:
     [
         "import llmray.cli",
         "from llmray.cli import main; main(['--help'])",
-        "import llmray.arguments.run",
+        "import llmray.arguments.loading",
         "import llmray.arguments.reference",
         "import llmray.arguments.paths",
         "import llmray.launch",

@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM
 
 from llmray import assembly, cli, export, hub, local, store
 from llmray.arguments import capabilities
-from llmray.arguments.run import FIELDS, load
+from llmray.arguments.loading import load
+from llmray.arguments.run import FIELDS
 from llmray.data import access, prepared
 from llmray.data.tokenizer import load_tokenizer
 from llmray.errors import ArgumentsError, ClusterError, ModelError

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from llmray import local
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.errors import CheckpointError
 from llmray.train.observers import read_log
 

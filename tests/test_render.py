@@ -10,7 +10,7 @@ import pytest
 from tiny import make_model, make_tokenizer
 
 from llmray import cli, hub
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.data import prepared
 from llmray.errors import DataError
 from llmray.render import Options, render

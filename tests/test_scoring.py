@@ -11,7 +11,7 @@ import pytest
 from tiny import build_model, make_model, make_tokenizer
 
 from llmray import cli, scoring
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.data.conversation import Conversation, Message
 from llmray.errors import ArgumentsError, DataError, LlmrayError, RewardError
 from llmray.model import value_head

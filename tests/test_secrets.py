@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmray import local
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 
 SECRETS = {
     "hf_hub_token": "canary-hf-1",

@@ -22,8 +22,8 @@ from tiny import make_tokenizer
 from llmray import cli, hub, launch
 from llmray import run as runs
 from llmray.arguments import environment, paths
+from llmray.arguments.loading import load
 from llmray.arguments.model import ModelArguments
-from llmray.arguments.run import load
 from llmray.errors import LlmrayError
 from llmray.model.load import load_config
 from llmray.model_code import optional_imports

@@ -9,7 +9,7 @@ import torch
 from layouts import make_rows
 from tiny import build_model, make_tokenizer
 
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.model import export, tuning
 from llmray.model.head import TokenModel
 

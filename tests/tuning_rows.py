@@ -19,7 +19,7 @@ from tiny import build_model, make_model
 from torch import Tensor
 from tuned import KEYS, saved, shake, tuned
 
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.batch import Batch
 from llmray.model import pissa
 from llmray.model.head import TokenModel

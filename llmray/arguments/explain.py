@@ -15,8 +15,9 @@ from pydantic import SecretStr
 
 from llmray.arguments import environment, names, reading, reference
 from llmray.arguments.derivations import DERIVATIONS, DERIVED, Derivation
+from llmray.arguments.loading import is_flag, load
 from llmray.arguments.problems import given, plain_types, shown
-from llmray.arguments.run import DEFAULTS, FIELDS, RunArguments, is_flag, load
+from llmray.arguments.run import DEFAULTS, FIELDS, RunArguments
 from llmray.errors import ArgumentsError
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmray.arguments import environment
+from llmray.arguments.loading import replace
 from llmray.arguments.run import DEFAULTS, RunArguments
 from llmray.errors import ArgumentsError
 
@@ -110,7 +111,7 @@ def absolute(arguments: RunArguments, base: Path, sent: Path | None = None) -> R
     if not differing:
         return arguments
     log.info("relative paths start from %s", base)
-    return arguments.replace(**differing)
+    return replace(arguments, **differing)
 
 
 def _entries(sets: Mapping[str, Any], starts: Sequence[Path]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+from llmray.arguments.loading import replace
 from llmray.arguments.run import RunArguments
 from llmray.errors import ArgumentsError, ModelError
 from llmray.model.architecture import UnknownSizesError, decoder, read_config
@@ -99,7 +100,7 @@ def _remedies(
     tried = []
     for words, keys in _changes(arguments):
         try:
-            changed = arguments.replace(**keys)
+            changed = replace(arguments, **keys)
         except ArgumentsError:  # what this run does not go together with
             continue
         limit = keys.get("cutoff_len", max(lengths, default=0))

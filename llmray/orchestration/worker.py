@@ -19,6 +19,7 @@ import torch
 from ray.train import CheckpointUploadMode
 
 from llmray import downloads, hub
+from llmray.arguments.loading import replace
 from llmray.data import access
 from llmray.errors import LlmrayError
 from llmray.orchestration import prepare_job
@@ -82,7 +83,7 @@ def arguments_of_attempt(arguments: RunArguments, run_dir: str, attempt: int) ->
         newest is None or newest <= checkpoint.named_step(requested)
     ):
         return arguments  # nothing was committed since: start where the first attempt did
-    return arguments.replace(resume_from_checkpoint=None)
+    return replace(arguments, resume_from_checkpoint=None)
 
 
 def describe_ranks(where: list[tuple[str, int]]) -> str:

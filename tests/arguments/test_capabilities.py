@@ -3,8 +3,9 @@
 import pytest
 
 from llmray.arguments.capabilities import COMBINATIONS_NOT_BUILT, NOT_BUILT, NOT_SUPPORTED, gaps
+from llmray.arguments.loading import load
 from llmray.arguments.problems import bounds, choices, plain_types
-from llmray.arguments.run import DEFAULTS, FIELDS, load
+from llmray.arguments.run import DEFAULTS, FIELDS
 from llmray.errors import ArgumentsError
 
 BASE = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 
 DOCUMENTED = {
     "pure_bf16": False,

@@ -5,7 +5,8 @@ import pytest
 from llmray import cli
 from llmray.arguments.derivations import DERIVATIONS, DERIVED
 from llmray.arguments.explain import explain
-from llmray.arguments.run import DEFAULTS, FIELDS, load
+from llmray.arguments.loading import load
+from llmray.arguments.run import DEFAULTS, FIELDS
 from llmray.errors import ArgumentsError
 
 RUN = """

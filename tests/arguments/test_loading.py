@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 
-from llmray.arguments.run import DEFAULTS, FIELDS, GROUPS, RunArguments, load
+from llmray.arguments.loading import load, replace
+from llmray.arguments.run import DEFAULTS, FIELDS, GROUPS, RunArguments
 from llmray.errors import ArgumentsError
 
 TRAINING = {
@@ -71,7 +72,7 @@ def test_numbers_may_be_text(value):
     ],
 )
 def test_forms_of_values(key, text, value):
-    flat = run(**{key: text})._values()
+    flat = run(**{key: text}).values()
     assert flat[key] == value
     assert type(flat[key]) is type(value)
 
@@ -187,13 +188,13 @@ def test_what_is_saved_loads_to_an_equal_object(tmp_path):
 def test_secrets_are_left_out_of_everything_that_is_written(tmp_path):
     arguments = run(hf_hub_token="hush-hush")
     assert arguments.model.hf_hub_token.get_secret_value() == "hush-hush"
-    assert arguments.replace(lora_rank=4).model.hf_hub_token == arguments.model.hf_hub_token
+    assert replace(arguments, lora_rank=4).model.hf_hub_token == arguments.model.hf_hub_token
     assert "hf_hub_token" not in arguments.flat()
     arguments.save(tmp_path / "run_arguments.yaml")
     written = (tmp_path / "run_arguments.yaml").read_text() + repr(arguments) + str(arguments)
     assert "hush" not in written
     loaded = load(tmp_path / "run_arguments.yaml", environ={})
-    assert loaded == arguments.replace(hf_hub_token=None)
+    assert loaded == replace(arguments, hf_hub_token=None)
 
 
 def test_flat_is_json():
@@ -203,12 +204,12 @@ def test_flat_is_json():
 
 def test_replace_checks_its_values():
     arguments = run()
-    assert arguments.replace(seed=7).training.seed == 7
+    assert replace(arguments, seed=7).training.seed == 7
     assert arguments.training.seed == 42
     with pytest.raises(ArgumentsError, match="sed is no key"):
-        arguments.replace(sed=7)
+        replace(arguments, sed=7)
     with pytest.raises(ArgumentsError, match="bf16=true with fp16=true"):
-        arguments.replace(bf16=True, fp16=True)
+        replace(arguments, bf16=True, fp16=True)
 
 
 def test_arguments_are_frozen_and_picklable():

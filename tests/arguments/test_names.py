@@ -4,7 +4,8 @@ import pytest
 
 from llmray.arguments import names
 from llmray.arguments.capabilities import NOT_BUILT, NOT_SUPPORTED
-from llmray.arguments.run import FIELDS, load
+from llmray.arguments.loading import load
+from llmray.arguments.run import FIELDS
 from llmray.errors import ArgumentsError
 
 

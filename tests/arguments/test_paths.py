@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llmray.arguments import paths
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.errors import ArgumentsError
 
 BASE = {"model_name_or_path": "org/model", "dataset": "a", "output_dir": "out", "do_train": True}

@@ -3,7 +3,7 @@
 import pytest
 
 from llmray.arguments.capabilities import COMBINATIONS_NOT_BUILT, NOT_BUILT
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.errors import ArgumentsError
 
 COMMON = """

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.arguments.settings import optimizer_settings, schedule_settings
 from llmray.errors import ArgumentsError
 
@@ -82,7 +82,7 @@ def test_a_warmup_that_does_nothing_is_said(name, caplog):
 
 def test_settings_are_checked_without_torch():
     code = (
-        "import sys\nfrom llmray.arguments.run import load\n"
+        "import sys\nfrom llmray.arguments.loading import load\n"
         "try:\n    load({'lr_scheduler_type': 'step'}, environ={})\n"
         "except Exception as error:\n    print('step_size' in str(error), 'torch' in sys.modules)"
     )

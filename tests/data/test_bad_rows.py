@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from llmray import store
-from llmray.arguments.run import RunArguments, load
+from llmray.arguments.loading import load, replace
+from llmray.arguments.run import RunArguments
 from llmray.data import planning, prepared, shards
 from llmray.errors import DataError, StoreError
 
@@ -115,7 +116,7 @@ def test_the_same_bad_rows_whatever_the_shards_and_processes(
     given = arguments(tmp_path, bad_rows="quarantine")
     one = prepared.ensure(given, tiny_llama_dir, root=tmp_path / "one")
     monkeypatch.setattr(planning, "LEAST_SHARD_BYTES", 200)
-    two = given.replace(preprocessing_num_workers=2)
+    two = replace(given, preprocessing_num_workers=2)
     several = prepared.ensure(two, tiny_llama_dir, root=tmp_path / "two")
     assert len(list(Path(several.path).glob("shard-*.json"))) > 3
     assert prepared.bad_rows(one) == prepared.bad_rows(several) != ""

@@ -10,7 +10,7 @@ from bare_tokenizers import byte_level, composing, lowercase, sentencepiece_like
 from tiny import make_tokenizer
 from tokenizers import Tokenizer
 
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.data import prepared
 from llmray.data.conversation import Conversation, Message, ToolCall
 from llmray.data.encoding import Encoder

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from llmray import store
-from llmray.arguments.run import RunArguments, load
+from llmray.arguments.loading import load
+from llmray.arguments.run import RunArguments
 from llmray.data import planning, prepared, workers
 from llmray.errors import DataError, StoreError
 
@@ -131,7 +132,7 @@ def test_a_second_run_loads_no_tokenizer_and_no_torch(
     ref = prepared.ensure(given, tiny_llama_dir, root=root)
     given.save(folder / "run.yaml")
     code = (
-        "import sys; from pathlib import Path; from llmray.arguments.run import load\n"
+        "import sys; from pathlib import Path; from llmray.arguments.loading import load\n"
         "from llmray.data import prepared\n"
         f"ref = prepared.ensure(load({str(folder / 'run.yaml')!r}), "
         f"{str(tiny_llama_dir)!r}, root=Path({str(root)!r}))\n"
@@ -616,7 +617,7 @@ def test_what_is_no_prepared_data_is_not_opened(tmp_path: Path) -> None:
 BUILDER = """
 import logging, sys, time
 from pathlib import Path
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.data import build, planning, prepared
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 planning.LEAST_SHARD_BYTES = 700

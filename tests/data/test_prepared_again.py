@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from llmray import store
-from llmray.arguments.run import RunArguments, load
+from llmray.arguments.loading import load
+from llmray.arguments.run import RunArguments
 from llmray.data import intact, locks, planning, prepared, workers
 from llmray.data.differences import differences
 from llmray.errors import DataError, StoreError

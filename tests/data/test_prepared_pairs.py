@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from llmray.arguments import capabilities
-from llmray.arguments.run import RunArguments, load
+from llmray.arguments.loading import load, replace
+from llmray.arguments.run import RunArguments
 from llmray.data import planning, prepared
 from llmray.data.mismatched import JudgedTable
 from llmray.errors import DataError
@@ -114,7 +115,7 @@ def test_rows_drawn_anew_bring_all_their_pairs(
     assert rejected_texts(prepared.open(small).train, tokenizer) == texts
     target = io.StringIO()
     monkeypatch.setenv("LLMRAY_CACHE", str(folder / "cache"))
-    here = drawn.replace(model_name_or_path=str(tiny_llama_dir))
+    here = replace(drawn, model_name_or_path=str(tiny_llama_dir))
     assert render(here, Options(num_rows=4, as_json=True), target=target) == 0
     rendered = [json.loads(line) for line in target.getvalue().splitlines()]
     ids = [table.samples(i)[0].input_ids.tolist() for i in range(4)]

@@ -19,7 +19,8 @@ import torch
 from pyarrow import parquet as pq
 
 from llmray.arguments import capabilities
-from llmray.arguments.run import RunArguments, load
+from llmray.arguments.loading import load
+from llmray.arguments.run import RunArguments
 from llmray.data import access, file_rows, mixing, prepared, streaming
 from llmray.data.file_rows import Ranks
 from llmray.data.quarantine import Quarantine

@@ -10,8 +10,8 @@ import torch
 from tiny import make_model, make_tokenizer
 
 from llmray import vocabulary
+from llmray.arguments.loading import load
 from llmray.arguments.model import ModelArguments
-from llmray.arguments.run import load
 from llmray.data.tokenizer import load_tokenizer
 from llmray.errors import ArgumentsError, ModelError
 from llmray.model import embedding, export, tuning

@@ -10,7 +10,7 @@ import torch
 from tiny import make_model
 
 from llmray import assembly
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.data.collate import collate
 from llmray.data.shards import Sample
 from llmray.errors import ModelError
@@ -266,7 +266,7 @@ def test_shards_divide_what_they_spread(folders):
 
 def test_no_torch_is_needed(folders):
     code = (
-        "import sys; from llmray.arguments.run import load; from llmray.model import fitting;"
+        "import sys; from llmray.arguments.loading import load; from llmray.model import fitting;"
         f"import json; keys = json.loads({json.dumps(json.dumps({'p': str(folders / 'llama')}))});"
         "a = load({'model_name_or_path': keys['p']}, environ={});"
         "from pathlib import Path;"

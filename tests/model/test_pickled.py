@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import build_model, make_model
 
+from llmray.arguments.loading import load
 from llmray.arguments.model import ModelArguments
-from llmray.arguments.run import load
 from llmray.errors import ModelError, StoreError
 from llmray.model import pickled, tuning
 from llmray.model.load import load_model

@@ -13,9 +13,9 @@ from tiny import build_model, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmray import local
+from llmray.arguments.loading import load
 from llmray.arguments.model import ModelArguments
 from llmray.arguments.optimizer import OptimizerArguments
-from llmray.arguments.run import load
 from llmray.errors import ArgumentsError, ModelError
 from llmray.model import export, quantize, tuning
 from llmray.model.attention import native

@@ -9,8 +9,8 @@ from layouts import make_rows
 from tiny import build_model, make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from llmray.arguments.loading import load as load_arguments
 from llmray.arguments.model import ModelArguments
-from llmray.arguments.run import load as load_arguments
 from llmray.batch import Segments
 from llmray.errors import ArgumentsError, ModelError
 from llmray.model import export, rope, tuning

@@ -4,7 +4,7 @@ import pytest
 from tiny import build_model, make_model
 from tuned import KEYS, tuned
 
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.model import architecture, trained, tuning
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import build_model
 from torch import nn
 
-from llmray.arguments.run import load as load_run
+from llmray.arguments.loading import load as load_run
 from llmray.data.collate import apart, collate
 from llmray.data.shards import Sample
 from llmray.errors import ModelError

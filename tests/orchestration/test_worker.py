@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.orchestration.worker import arguments_of_attempt, describe_ranks
 from llmray.train import checkpoint
 from llmray.train.parallel import World

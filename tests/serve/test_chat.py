@@ -9,7 +9,7 @@ import torch
 from tiny import build_model, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.data.conversation import Message
 from llmray.errors import DataError
 from llmray.model import export, tuning

@@ -20,7 +20,7 @@ import httpx
 import pytest
 from tiny import build_model, make_model, make_tokenizer
 
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.data.conversation import Conversation, Message
 from llmray.errors import ArgumentsError, ClusterError
 from llmray.model import value_head

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llmray import local
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.errors import ArgumentsError
 from llmray.train.observers import read_log
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import build_model, make_tokenizer
 
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.model import tuning
 from llmray.model.attention import use_flat
 from llmray.train.generate import Response, Sampling, ended, generate, stop_ids

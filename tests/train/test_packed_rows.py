@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tiny import build_model, make_model, make_tokenizer
 
 from llmray import local
+from llmray.arguments.loading import load
 from llmray.arguments.optimizer import OptimizerArguments
-from llmray.arguments.run import load
 from llmray.batch import Batch
 from llmray.data import packing, shards
 from llmray.data.batches import Batches

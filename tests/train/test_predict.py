@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
 
 from llmray import hub
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.data import prepared
 from llmray.data.conversation import Message
 from llmray.errors import ArgumentsError

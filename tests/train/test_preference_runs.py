@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
 
 from llmray import hub
-from llmray.arguments.run import RunArguments, load
+from llmray.arguments.loading import load
+from llmray.arguments.run import RunArguments
 from llmray.assembly import Context, Training, assemble
 from llmray.data import access
 from llmray.errors import ArgumentsError, CheckpointError

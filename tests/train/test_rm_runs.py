@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
 
 from llmray import local, scoring
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.errors import LlmrayError, RewardError
 from llmray.train import ranking
 from llmray.train.observers import read_log

@@ -12,7 +12,7 @@ import torch
 from tiny import SIZES, build_model, make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from llmray.arguments.run import load
+from llmray.arguments.loading import load
 from llmray.data.conversation import Conversation, Message, RowError
 from llmray.data.features import FEATURES
 from llmray.errors import DataError, ModelError, RewardError

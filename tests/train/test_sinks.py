@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmray.arguments.run import RunArguments, load
+from llmray.arguments.loading import load
+from llmray.arguments.run import RunArguments
 from llmray.train.observers import JsonLines, read_log
 from llmray.train.trackers import Trackers, numbers
 

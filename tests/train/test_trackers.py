@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llmray.arguments.run import RunArguments, load
+from llmray.arguments.loading import load
+from llmray.arguments.run import RunArguments
 from llmray.arguments.tracking import TRACKERS
 from llmray.errors import ArgumentsError
 from llmray.train import sinks, trackers
