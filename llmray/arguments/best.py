@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 SCORES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4", "exact_match")  # of generated responses
 
+# of stage ppo, whose evaluations have no loss
+ANSWERING = ("score", "score_deviation", "kl", "response_length", "without_eos")
+
 RANKING = ("accuracy", "margin", "reward_chosen", "reward_rejected")  # of stage rm
 
 
@@ -37,7 +40,8 @@ def best_metric(arguments: RunArguments) -> tuple[str, bool]:
     when it is smaller, unless greater_is_better says otherwise.
     """
     training = arguments.training
-    name = training.metric_for_best_model or "loss"
+    usual = "score" if arguments.finetuning.stage == "ppo" else "loss"
+    name = training.metric_for_best_model or usual
     name = name if name.startswith("eval_") else f"eval_{name}"
     greater = training.greater_is_better
     return name, not name.endswith("loss") if greater is None else greater
@@ -45,7 +49,7 @@ def best_metric(arguments: RunArguments) -> tuple[str, bool]:
 
 def evaluation_metrics(arguments: RunArguments) -> tuple[str, ...]:
     """The metrics of an evaluation of this run that say how good the model is."""
-    kinds = ["loss"]
+    kinds = list(ANSWERING) if arguments.finetuning.stage == "ppo" else ["loss"]
     if arguments.finetuning.stage == "rm":
         kinds += RANKING
     elif arguments.finetuning.compute_accuracy:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from llmray.arguments import capabilities, environment, names, reading, rules
+from llmray.arguments import capabilities, environment, names, reading, rules, tune_rules
 from llmray.arguments.group import Group
 from llmray.arguments.problems import Problem, plain_types, raise_all, unknown_key, wrong_value
 from llmray.arguments.run import DEFAULTS, FIELDS, GROUPS, RunArguments
@@ -67,7 +68,26 @@ def replace(arguments: RunArguments, **keys: Any) -> RunArguments:
     return _build(arguments.values() | keys, [], "run arguments")
 
 
+def with_problems(
+    arguments: RunArguments, keys: Mapping[str, Any]
+) -> tuple[RunArguments, list[Problem]]:
+    """As `replace`, of keys as a run file names them, with what is wrong instead of an error.
+
+    In place of wrong values stand defaults.
+    """
+    resolved, renamed = names.resolve(keys)
+    return _checked(arguments.values() | resolved, renamed)
+
+
 def _build(flat: Mapping[str, Any], problems: Sequence[Problem], source: str) -> RunArguments:
+    arguments, found = _checked(flat, problems)
+    raise_all(found, source)
+    return arguments
+
+
+def _checked(
+    flat: Mapping[str, Any], problems: Sequence[Problem]
+) -> tuple[RunArguments, list[Problem]]:
     found = list(problems)
     known = [*FIELDS, *names.all_names()]
     found += [unknown_key(key, known) for key in flat if key not in FIELDS]
@@ -80,9 +100,9 @@ def _build(flat: Mapping[str, Any], problems: Sequence[Problem], source: str) ->
     doubtful = {key for problem in found for key in problem.keys}
     values = arguments.values()
     checked = [*capabilities.gaps(values, DEFAULTS), *rules.broken(arguments)]
+    checked += tune_rules.broken(arguments, partial(with_problems, arguments))
     found += [problem for problem in checked if not doubtful.intersection(problem.keys)]
-    raise_all(found, source)
-    return arguments
+    return arguments, found
 
 
 def _validate(group: type[Group], part: dict[str, Any]) -> tuple[Group, list[Problem]]:

@@ -31,6 +31,7 @@ KINDS: dict[frozenset[Any], str] = {
     frozenset({str, dict[str, Any]}): "text, a mapping or a JSON object",
     frozenset({bool, tuple[str, ...]}): "true, false or a list of names",
     frozenset({bool, str}): "true, false or text",
+    frozenset({tuple[dict[str, Any], ...]}): "a list of mappings",
 }
 BOUNDS: dict[type, tuple[str, str]] = {
     Ge: ("ge", "at least"),

@@ -19,6 +19,7 @@ from llmray.arguments.reward_rules import REWARD_RULES
 from llmray.arguments.settings import SETTINGS_RULES
 from llmray.arguments.template_rules import TEMPLATE_RULES
 from llmray.arguments.tracking import OTHER_TRACKERS, TRACKERS, TrackingArguments
+from llmray.arguments.tune_rules import tune_remarks
 
 if TYPE_CHECKING:
     from llmray.arguments.run import RunArguments
@@ -470,7 +471,7 @@ def remarks(arguments: RunArguments) -> list[str]:
         said.append(f"{warmup} does nothing with lr_scheduler_type={optimizer.lr_scheduler_type}")
     elif steps and ratio:
         said.append(f"{warmup} goes before warmup_ratio={ratio}, which does nothing")
-    return said + _idle_tracking_keys(arguments.tracking)
+    return said + _idle_tracking_keys(arguments.tracking) + tune_remarks(arguments)
 
 
 def _idle_tracking_keys(tracking: TrackingArguments) -> list[str]:

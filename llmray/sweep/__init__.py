@@ -1,0 +1,1 @@
+"""A sweep without what runs it: its trials, and what comes out of them."""
