@@ -182,7 +182,7 @@ def bare(root: str, run: str, out: str) -> None:
 
 def _rendered(plan: Any) -> Any:
     from llmray.data import files
-    from llmray.data.conversation import to_conversation
+    from llmray.data.formattings import to_conversation
 
     for shard in plan.shards:
         for piece, layout in shard.pieces:

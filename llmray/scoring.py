@@ -24,14 +24,10 @@ from typing import Any, TextIO
 from llmray.arguments import environment
 from llmray.arguments.run import RunArguments
 from llmray.data import files, sources
-from llmray.data.conversation import (
-    Conversation,
-    Message,
-    RowError,
-    RowFormat,
-    to_conversation,
-)
+from llmray.data.conversation import Conversation, Message, RowError
+from llmray.data.formattings import to_conversation
 from llmray.data.pieces import CHUNK_BYTES
+from llmray.data.row_format import RowFormat
 from llmray.errors import DataError, RewardError
 from llmray.train.score import Encoded, Scorer
 

@@ -15,13 +15,15 @@ import numpy as np
 
 from llmray import store
 from llmray.data import files, shards
-from llmray.data.conversation import Conversation, RowError, RowFormat, to_conversation
+from llmray.data.conversation import Conversation, RowError
 from llmray.data.encoding import Encoder
 from llmray.data.features import FEATURES, Outcome, RowFeatures
+from llmray.data.formattings import to_conversation
 from llmray.data.pieces import Piece
 from llmray.data.plain_text import PlainText
 from llmray.data.planning import EVAL, REPEATED, TRAIN, UNUSED, Plan, Shard
 from llmray.data.row_features import Equal
+from llmray.data.row_format import RowFormat
 from llmray.data.shards import SampleTable
 from llmray.data.truncation import Dropped
 from llmray.errors import DataError, StoreError

@@ -8,8 +8,8 @@ from hashlib import blake2b
 import numpy as np
 
 from llmray.data import files
-from llmray.data.conversation import RowFormat
 from llmray.data.pieces import Piece
+from llmray.data.row_format import RowFormat
 
 DIGEST = np.dtype([("first", "<u8"), ("second", "<u8")])
 

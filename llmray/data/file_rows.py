@@ -17,10 +17,10 @@ import numpy as np
 
 from llmray.data import build, files, shards
 from llmray.data.build import ShardReport
-from llmray.data.conversation import RowFormat
 from llmray.data.pieces import DataFile, Piece
 from llmray.data.planning import Plan, Shard
 from llmray.data.quarantine import Quarantine
+from llmray.data.row_format import RowFormat
 from llmray.data.shards import Sample, SampleTable
 from llmray.errors import LlmrayError
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmray.data import duplicates, files, mixing, templates, tokenizer
-from llmray.data.conversation import RowFormat
 from llmray.data.features import FEATURES, OF_STAGE, FeatureOptions
 from llmray.data.pieces import DataFile, Piece
 from llmray.data.plain_text import PlainText
+from llmray.data.row_format import RowFormat
 from llmray.data.sources import DataSet
 from llmray.data.templates import Renderer
 from llmray.errors import DataError

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmray.data.conversation import Conversation, Kind, RowError
+from llmray.data.conversation import Conversation, RowError
 from llmray.data.encoding import Encoder
+from llmray.data.row_format import Kind
 from llmray.data.templates import Renderer
 from llmray.data.truncation import Dropped, Truncation
 

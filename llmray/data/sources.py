@@ -16,8 +16,9 @@ from typing import Any
 
 from llmray.arguments import environment
 from llmray.data import fetch, files
-from llmray.data.conversation import COLUMNS, FORMATTINGS, TAGS, Kind, RowFormat
+from llmray.data.formattings import FORMATTINGS
 from llmray.data.pieces import BOM, CHUNK_BYTES, DataFile
+from llmray.data.row_format import COLUMNS, TAGS, Kind, RowFormat
 from llmray.errors import DataError
 
 INFO = "dataset_info.json"

@@ -3,14 +3,9 @@ from typing import Any
 
 import pytest
 
-from llmray.data.conversation import (
-    Conversation,
-    Message,
-    RowError,
-    RowFormat,
-    ToolCall,
-    to_conversation,
-)
+from llmray.data.conversation import Conversation, Message, RowError, ToolCall
+from llmray.data.formattings import to_conversation
+from llmray.data.row_format import RowFormat
 
 SHAREGPT = RowFormat("sharegpt")
 OPENAI = RowFormat("openai")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llmray.data import fetch, identity, sources
-from llmray.data.conversation import Kind, RowFormat
+from llmray.data.row_format import Kind, RowFormat
 from llmray.errors import DataError
 
 ROW = {"instruction": "a", "output": "b"}
