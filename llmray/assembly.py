@@ -6,7 +6,7 @@ What is done with them is for `run`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from llmray.train.engine import Engine
 from llmray.train.feed import Feed, StreamReader, open_feed
 from llmray.train.generate import Sampling
 from llmray.train.loop import Cadence, Progress, cadence
-from llmray.train.losses import StageObjective
+from llmray.train.losses import LearningObjective, StageObjective
 from llmray.train.observers import Observer
 from llmray.train.parallel import World
 from llmray.train.predict import Predictor
@@ -76,6 +76,7 @@ class Core:
     tokenizer: Any
     evals: dict[str, Rows]
     objective: StageObjective
+    judged: Callable[[], dict[str, float]] | None = None  # in place of losses of the rows
 
     @property
     def ahead(self) -> Ahead:
@@ -115,6 +116,7 @@ class Training:
     progress: Progress
     judge: Judge
     random: RandomState
+    resumables: dict[str, LearningObjective] = field(default_factory=dict)  # further ones
 
     def write_files(self, directory: Path) -> None:
         """Write what users take from a run: weights, tokenizer, the run file."""
@@ -190,7 +192,7 @@ def assemble(arguments: RunArguments, context: Context) -> Training:
 def _reference_known(core: Core, feed: Feed, pace: Cadence) -> dict[str, np.ndarray]:
     """What the reference says of all rows, where it is asked before training."""
     comparison.say_weights(core.arguments, feed.table)
-    if feed.table is None:
+    if feed.table is None or STAGES[core.arguments.finetuning.stage].samples:
         return {}
     known = comparison.known_beforehand(
         core.arguments,
@@ -301,8 +303,10 @@ def _token_model(
     reason = why_not_flat(loaded)
     if reason is not None:
         log.info("batches are padded, not flat: %s", reason)
-    scores = STAGES[arguments.finetuning.stage].scores
-    head = _value_head(arguments, context, loaded) if scores else None
+    stage = STAGES[arguments.finetuning.stage]
+    scores = stage.scores
+    has_values = stage.samples and arguments.rlhf.advantage_estimator == "gae"
+    head = _value_head(arguments, context, loaded) if scores or has_values else None
     tuned = tuning.apply(loaded, arguments, is_trainable=True, upcast=not numbers.pure)
     if scores:
         value_head.freeze_output_head(tuned)
@@ -312,7 +316,10 @@ def _token_model(
                 parameter.data = parameter.data.to(numbers.load_dtype)
     _adjust(tuned, arguments)
     flat = flat and reason is None
-    return TokenModel(tuned, flat=flat, value_head=head, only_scores=scores)
+    temperature = arguments.generating.temperature if stage.samples else 1.0
+    return TokenModel(
+        tuned, flat=flat, temperature=temperature, value_head=head, only_scores=scores
+    )
 
 
 def _value_head(

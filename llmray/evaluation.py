@@ -16,6 +16,8 @@ log = getLogger("llmray")
 
 def evaluate_rows(core: Core) -> dict[str, float]:
     """The metrics of the evaluation rows, alike on all ranks; a collective call."""
+    if core.judged is not None:
+        return core.judged()
     metrics = _losses(core, core.evals, "eval")
     if not core.arguments.training.predict_with_generate:
         return metrics

@@ -11,11 +11,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from logging import getLogger
 from typing import Any
 
+from llmray import reinforcement
 from llmray.arguments import environment
 from llmray.arguments.run import RunArguments
 from llmray.assembly import Context, Core, Training, assemble, assemble_evaluation
@@ -27,13 +28,14 @@ from llmray.evaluation import draw_ranking, evaluate_rows, predict_rows
 from llmray.model import tuning
 from llmray.train import checkpoint, device_memory
 from llmray.train.artefacts import Artefacts
-from llmray.train.loop import Loop, Outcome, Progress, fit
+from llmray.train.loop import Loop, Outcome, Progress, StepResult, fit
 from llmray.train.losses import LearningObjective
 from llmray.train.observers import JsonLines, Observer
 from llmray.train.parallel import set_npu_mode
 from llmray.train.plots import Plots
 from llmray.train.random_state import make_deterministic
 from llmray.train.reading import Work
+from llmray.train.stages import STAGES
 from llmray.train.summary import Phases, Summary, cost_of, device_name, peak_flops
 from llmray.train.supervised import SupervisedStep
 from llmray.train.trackers import Trackers, choose
@@ -84,7 +86,31 @@ def _train(
             "save_only_model: true keeps no optimizer or position: a failure starts at step 0"
         )
     training = assemble(arguments, context)
+    with ExitStack() as stack:
+        return _trained(training, files, started, _do_step(training, files, stack))
+
+
+def _do_step(training: Training, files: Artefacts, stack: ExitStack) -> Callable[[int], StepResult]:
+    """What a step of the run's stage does; what it opens is closed by `stack`."""
     core = training.core
+    if STAGES[core.arguments.finetuning.stage].samples:
+        return stack.enter_context(closing(reinforcement.prepare(training, files.directory)))
+    return SupervisedStep(
+        core.engine,
+        training.train,
+        core.objective,
+        core.arguments.training.torch_empty_cache_steps,
+    )
+
+
+def _trained(
+    training: Training,
+    files: Artefacts,
+    started: float,
+    do_step: Callable[[int], StepResult],
+) -> RunResult:
+    core = training.core
+    arguments, context = core.arguments, core.context
     if context.world.is_main:
         files.write_json("trainable_parameters.json", tuning.status(core.engine.model.model))
     first_step = _resume(training)
@@ -99,12 +125,7 @@ def _train(
                 cadence=training.cadence,
                 world=context.world,
                 progress=training.progress,
-                do_step=SupervisedStep(
-                    core.engine,
-                    training.train,
-                    core.objective,
-                    arguments.training.torch_empty_cache_steps,
-                ),
+                do_step=do_step,
                 evaluate=(lambda: evaluate_rows(core)) if core.evals else None,
                 judge=training.judge,
                 save=lambda step: _save(training, files, step),
@@ -190,6 +211,8 @@ def _resume(training: Training) -> int:
     training.judge.load_state_dict(state["judge"])
     if isinstance(training.core.objective, LearningObjective):
         training.core.objective.load_state_dict(state["objective"])
+    for name, resumable in training.resumables.items():
+        resumable.load_state_dict(state[name])
     if not context.world.is_main:
         # the sums since the last log were reduced to rank 0 when the checkpoint was made
         training.progress.loss_sum, training.progress.metric_sums = 0.0, {}
@@ -259,6 +282,7 @@ def _save(training: Training, files: Artefacts, step: int) -> str:
     }
     if isinstance(core.objective, LearningObjective):
         replicated["objective"] = core.objective.state_dict()
+    replicated |= {name: each.state_dict() for name, each in training.resumables.items()}
     return checkpoint.save(
         core.context.run_dir,
         step,

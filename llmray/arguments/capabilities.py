@@ -6,10 +6,12 @@ Whoever builds a capability removes its row.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmray.arguments.cluster import STARTS_RAY
 from llmray.arguments.problems import Problem, given
 
 Flat = Mapping[str, Any]  # key -> value of the whole run
@@ -42,10 +44,6 @@ _REMOVE = "Remove it, or set it to its default."
 # Later work removes these rows.
 NOT_BUILT: dict[str, Gap] = {
     # stages and methods
-    "stage": Gap(
-        "Stage ppo is not built yet. Use one of the others.",
-        only("pt", "sft", "rm", "dpo", "kto"),
-    ),
     "finetuning_type": Gap(
         "Orthogonal fine-tuning is not built yet. Use lora, freeze or full.",
         only("full", "freeze", "lora"),
@@ -74,44 +72,6 @@ NOT_BUILT: dict[str, Gap] = {
         "use_hyper_parallel",
         "hyper_parallel_args",
         "hyper_parallel_cp_size",
-    ),
-    # preference and reinforcement learning
-    **_family(
-        f"Training by reward is not built yet. {_REMOVE}",
-        "ppo_buffer_size",
-        "ppo_epochs",
-        "ppo_score_norm",
-        "ppo_target",
-        "ppo_whiten_rewards",
-        "ppo_num_samples",
-        "ppo_clip_range",
-        "ppo_value_clip_range",
-        "ppo_value_coef",
-        "ppo_entropy_coef",
-        "ppo_gamma",
-        "ppo_lambda",
-        "ppo_init_kl",
-        "ppo_kl_control",
-        "ppo_kl_horizon",
-        "ppo_kl_estimator",
-        "ppo_early_stop_kl",
-        "ppo_missing_eos_penalty",
-        "advantage_estimator",
-        "ppo_rollout_batch_size",
-        "rollout_log_steps",
-        "reward_weights",
-        "reward_timeout_s",
-        "reward_request_timeout_s",
-        "reward_error",
-        "reward_error_value",
-        "reward_batching",
-        "reward_batch_tokens",
-        "reward_num_retries",
-        "reward_num_requests",
-        "reward_model",
-        "reward_model_adapters",
-        "reward_model_quantization_bit",
-        "reward_model_type",
     ),
     # optimizers and schedules
     "optim": Gap(
@@ -382,7 +342,38 @@ def _adds_to_low_bits(key: str) -> Combination:
     )
 
 
+def _starts_ray(flat: Flat) -> bool:
+    """Whether Ray starts the workers, as `ClusterArguments.ray_enabled` says."""
+    if flat["use_ray"] is not None:
+        return bool(flat["use_ray"])
+    return any(flat[key] is not None for key in STARTS_RAY)
+
+
+def _is_called(reward_model: str | None) -> bool:
+    """Whether rewards are servers and functions alone, which have no type."""
+    names = [name.strip() for name in (reward_model or "").split(",")]
+    return all(
+        "://" in name or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name) for name in names
+    )
+
+
 COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
+    Combination(
+        ("use_ray", "stage"),
+        lambda flat: flat["stage"] == "ppo" and _starts_ray(flat),
+        "Reward models as actors of their own are not built yet: stage ppo runs in one process or "
+        "under torchrun. Set use_ray: false.",
+    ),
+    Combination(
+        ("stage", "streaming"),
+        lambda flat: flat["stage"] == "ppo" and flat["streaming"],
+        "Prompts of a stream are not built yet. Set streaming: false.",
+    ),
+    Combination(
+        ("do_predict", "stage"),
+        lambda flat: flat["stage"] == "ppo" and flat["do_predict"],
+        "Prediction after stage ppo is not built yet. Predict in a run of its own, stage: sft.",
+    ),
     Combination(
         ("load_best_model_at_end", "save_only_model"),
         lambda flat: flat["load_best_model_at_end"] and flat["save_only_model"],
@@ -446,6 +437,7 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
         lambda flat: (
             flat["stage"] == "ppo"
             and flat["reward_model_type"] == "lora"
+            and not _is_called(flat["reward_model"])
             and flat["finetuning_type"] != "lora"
         ),
         "A reward adapter beside a policy without adapter is not built yet. Use "

@@ -6,6 +6,12 @@ from typing import Literal
 
 from llmray.arguments.group import Field, Group, Int, Object, PathPart
 
+# keys that start the workers on Ray where use_ray is not given
+STARTS_RAY = (
+    *("ray_run_name", "ray_storage_path", "ray_num_workers"),
+    *("resources_per_worker", "placement_strategy"),
+)
+
 RAY_KEYS = (
     "ray_run_name",
     "ray_storage_path",
@@ -89,11 +95,4 @@ class ClusterArguments(Group):
         """Whether Ray starts the workers: `use_ray` where given, else whether a Ray key is."""
         if self.use_ray is not None:
             return self.use_ray
-        five = (
-            self.ray_run_name,
-            self.ray_storage_path,
-            self.ray_num_workers,
-            self.resources_per_worker,
-            self.placement_strategy,
-        )
-        return any(value is not None for value in five)
+        return any(getattr(self, key) is not None for key in STARTS_RAY)

@@ -65,6 +65,7 @@ VARIABLES: dict[str, Variable] = {
         "text",
         "Token that callers of the reward server must bring, where --token-file is not given.",
     ),
+    "REWARD_API_KEY": Variable("text", "Token that reward servers are sent in stage ppo."),
     "WANDB_DISABLED": Variable("flag", "Leave wandb out of the trackers."),
     "WANDB_PROJECT": Variable("text", "Project in wandb; goes before the key project."),
 }
@@ -81,6 +82,7 @@ SECRETS: tuple[str, ...] = (
     "OM_HUB_TOKEN",
     "SWANLAB_API_KEY",
     "WANDB_API_KEY",
+    "REWARD_API_KEY",
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
@@ -132,6 +134,11 @@ def api(environ: Mapping[str, str]) -> tuple[str, int, str | None]:
     """
     host = _text(environ, "API_HOST") or "127.0.0.1"
     return host, count(environ, "API_PORT", 8000, least=0), _text(environ, "API_KEY")
+
+
+def reward_api_key(environ: Mapping[str, str]) -> str | None:
+    """The token that reward servers are sent."""
+    return _text(environ, "REWARD_API_KEY")
 
 
 def other_hub(environ: Mapping[str, str]) -> str | None:

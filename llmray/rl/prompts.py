@@ -35,23 +35,29 @@ class PromptReader:
             DataError: a row has no prompt.
         """
         parts = self.batches.step(*divmod(step, self.batches.steps_per_epoch))
-        return [self._prompt(int(row)) for row in np.concatenate(parts)]
-
-    def all(self, rank: int, world_size: int) -> list[Prompt]:
-        """A rank's share of all prompts, to evaluate on."""
-        return [self._prompt(row) for row in range(rank, len(self._table), world_size)]
+        return [_prompt(self._table, int(row)) for row in np.concatenate(parts)]
 
     def close(self) -> None:
         """Nothing runs ahead."""
 
-    def _prompt(self, row: int) -> Prompt:
-        [sample] = self._table.samples(row)
-        targets = np.flatnonzero(sample.target_mask)
-        start = int(targets[0]) if len(targets) else len(sample.input_ids)
-        if not start:
-            raise DataError(
-                f"row {row} of the data set, counted from 0, has no prompt. Stage ppo answers "
-                "prompts: take the row out, or give it one."
-            )
-        ids = sample.input_ids.tolist()
-        return Prompt(ids[:start], row, ids[start:])
+
+def prompts_of(table: Table, rank: int, world_size: int) -> list[Prompt]:
+    """A rank's share of all prompts of a table, to evaluate on.
+
+    Raises:
+        DataError: a row has no prompt.
+    """
+    return [_prompt(table, row) for row in range(rank, len(table), world_size)]
+
+
+def _prompt(table: Table, row: int) -> Prompt:
+    [sample] = table.samples(row)
+    targets = np.flatnonzero(sample.target_mask)
+    start = int(targets[0]) if len(targets) else len(sample.input_ids)
+    if not start:
+        raise DataError(
+            f"row {row} of the data set, counted from 0, has no prompt. Stage ppo answers "
+            "prompts: take the row out, or give it one."
+        )
+    ids = sample.input_ids.tolist()
+    return Prompt(ids[:start], row, ids[start:])

@@ -92,11 +92,13 @@ def open_feed(
             evals=opened.eval,
         )
     tables = prepared.open(ref)
+    # a step of ppo is a rollout batch
+    rollouts = arguments.rlhf.ppo_buffer_size if arguments.finetuning.stage == "ppo" else 1
     disables = arguments.finetuning.disable_shuffling
     batches = Batches(
         tables.train.lengths,
         options.per_device_train_batch_size,
-        options.gradient_accumulation_steps,
+        options.gradient_accumulation_steps * rollouts,
         world.world_size,
         world.rank,
         seed=options.data_seed if options.data_seed is not None else options.seed,

@@ -19,13 +19,15 @@ class Stage:
 
     `objective` makes the loss; `best` names the metric by which checkpoints are compared and
     whether a smaller or a larger value is better; `uses_reference` says whether the loss compares
-    with a reference model. A stage that `scores` trains a value head and predicts no token.
+    with a reference model. A stage that `scores` trains a value head and predicts no token; one
+    that `samples` learns from its own responses, and its objective says only what is logged.
     """
 
     objective: Callable[[RunArguments], StageObjective]
     best: tuple[str, str]
     uses_reference: Callable[[RunArguments], bool] = lambda arguments: False
     scores: bool = False
+    samples: bool = False
 
 
 def _language_modeling(arguments: RunArguments) -> StageObjective:
@@ -53,5 +55,11 @@ STAGES: dict[str, Stage] = {
     "sft": Stage(objective=_language_modeling, best=("eval_loss", "min")),
     "rm": Stage(objective=_reward_modeling, best=("eval_loss", "min"), scores=True),
     "dpo": Stage(_preference, best=("eval_loss", "min"), uses_reference=_compares),
+    "ppo": Stage(
+        objective=_language_modeling,
+        best=("eval_score", "max"),
+        uses_reference=lambda arguments: True,
+        samples=True,
+    ),
     "kto": Stage(_judged, best=("eval_loss", "min"), uses_reference=lambda arguments: True),
 }

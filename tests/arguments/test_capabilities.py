@@ -17,6 +17,7 @@ BASE = {
 
 # Keys of which every value works. A key moves here when its last gap in capabilities.py is closed.
 WORKING = """
+stage
 adapter_folder
 model_name_or_path adapter_name_or_path cache_dir model_revision disable_gradient_checkpointing
 use_reentrant_gc train_from_scratch infer_dtype hf_hub_token
@@ -62,12 +63,18 @@ length_penalty skip_special_tokens use_kv_cache
 pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing ld_alpha simpo_gamma
 kto_chosen_weight kto_rejected_weight
 ref_model ref_model_adapters ref_model_quantization_bit precompute_ref_logps
+ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards ppo_num_samples
+ppo_clip_range ppo_value_clip_range ppo_value_coef ppo_entropy_coef ppo_gamma ppo_lambda
+ppo_init_kl ppo_kl_control ppo_kl_horizon ppo_kl_estimator ppo_early_stop_kl
+ppo_missing_eos_penalty advantage_estimator ppo_rollout_batch_size rollout_log_steps
+reward_model reward_weights reward_model_adapters reward_model_quantization_bit reward_model_type
+reward_timeout_s reward_request_timeout_s reward_error reward_error_value reward_batching
+reward_batch_tokens reward_num_retries reward_num_requests
 predict_with_generate eval_num_beams generation_max_length generation_num_beams
 """
 
 # Keys of which some values work.
 PARTLY = {
-    "stage": (["pt", "sft", "rm", "dpo", "kto"], ["ppo"]),
     "finetuning_type": (["full", "freeze", "lora"], ["oft"]),
     "optim": (
         ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"],
@@ -157,6 +164,9 @@ def test_keys_that_lack_the_same_are_one_problem():
 
 
 COMBINED = {
+    ("use_ray", "stage"): {"use_ray": True, "stage": "ppo"},
+    ("stage", "streaming"): {"streaming": True, "stage": "ppo"},
+    ("do_predict", "stage"): {"do_predict": True, "stage": "ppo"},
     ("load_best_model_at_end", "save_only_model"): {
         "load_best_model_at_end": True,
         "save_only_model": True,
@@ -206,6 +216,15 @@ def test_combinations(combination):
     assert combination.holds(DEFAULTS | COMBINED[combination.keys])
     assert set(combination.keys) <= set(FIELDS)
     assert combination.sentence.endswith(".")
+
+
+@pytest.mark.parametrize("keys", [{"use_ray": True}, {"ray_num_workers": 2}])
+def test_stage_ppo_on_ray(keys):
+    """However Ray is switched on."""
+    ppo = {"stage": "ppo", "reward_model": "a:b"}
+    with pytest.raises(ArgumentsError, match="Reward models as actors of their own are not built"):
+        load(BASE | ppo | keys, environ={})
+    load(BASE | ppo | keys | {"use_ray": False}, environ={})
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "freeze"])

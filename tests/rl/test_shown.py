@@ -13,7 +13,7 @@ from llmray.data.shards import Sample
 from llmray.errors import DataError, RewardError
 from llmray.rl.handles import Answer
 from llmray.rl.held_out import judge
-from llmray.rl.prompts import PromptReader
+from llmray.rl.prompts import PromptReader, prompts_of
 from llmray.rl.reward_model import ModelReward
 from llmray.rl.rollout import Plan
 from llmray.rl.rollout_log import RolloutLog
@@ -57,12 +57,12 @@ def test_prompts_of_a_step_over_ranks():
     assert sorted(rows) == list(range(10))
     position = alone.batches.state_dict()
     assert (position["epoch"], position["step"]) == (1, 0)
-    assert [p.row for p in alone.all(1, 3)] == [1, 4, 7]
+    assert [p.row for p in prompts_of(Table(lengths), 1, 3)] == [1, 4, 7]
 
 
 def test_a_row_without_a_prompt_is_named():
     with pytest.raises(DataError, match="row 1 of the data set, counted from 0, has no prompt"):
-        reader([3, 0]).all(0, 1)
+        prompts_of(Table([3, 0]), 0, 1)
 
 
 def test_samples_of_rollouts_are_written_every_so_often(tmp_path):

@@ -1,0 +1,212 @@
+"""Stage ppo of an assembled run: prompts, rewards and the step around the engine that is there.
+
+Every role runs in this process: rewards are functions, servers, and reward models that are loaded
+here. Roles on machines of their own have other handles, and nothing else changes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llmray.arguments import environment
+from llmray.arguments import run as run_arguments
+from llmray.arguments.run import RunArguments
+from llmray.assembly import Core, Training
+from llmray.model.attention import causal_lm
+from llmray.rl import held_out, rewards, settings
+from llmray.rl.experience import Collector
+from llmray.rl.handles import Handle, InProcess
+from llmray.rl.pool import Pool
+from llmray.rl.ppo import PpoStep
+from llmray.rl.prompts import PromptReader, prompts_of
+from llmray.rl.reward_model import ModelReward
+from llmray.rl.rewards import Source, WeightedRewards
+from llmray.rl.rollout import Sampler, Texts
+from llmray.rl.rollout_log import RolloutLog
+from llmray.train.generate import Sampling
+from llmray.train.loop import StepResult
+from llmray.train.reading import Reader
+from llmray.train.score import Scorer
+
+log = getLogger("llmray")
+
+
+@dataclass
+class Reinforcement:
+    """What stage ppo has beside the engine; Resumable."""
+
+    step: PpoStep
+    rewards: WeightedRewards
+
+    def __call__(self, step: int) -> StepResult:
+        """One step of the loop."""
+        return self.step(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weight of the divergence, and the moments of scores."""
+        step = self.step
+        return {"control": step.control.state_dict(), "moments": step.moments.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put both back."""
+        self.step.control.load_state_dict(state["control"])
+        self.step.moments.load_state_dict(state["moments"])
+
+    def close(self) -> None:
+        """End the pools of rewards."""
+        self.rewards.close()
+
+
+def prepare(training: Training, directory: Path) -> Reinforcement:
+    """Stage ppo of a run that is assembled.
+
+    Args:
+        training: its parts.
+        directory: where samples of rollouts are written.
+
+    Raises:
+        LlmrayError: a reward is not there, or does not fit.
+    """
+    core, train = training.core, training.train
+    assert isinstance(train, Reader), "prompts do not stream"
+    arguments, world = core.arguments, core.context.world
+    added = weighted_rewards(arguments, core.context.model_dir, first=world.rank)
+    _say_bias(arguments)
+    show = None
+    if world.is_main:
+        directory.mkdir(parents=True, exist_ok=True)
+        show = RolloutLog(directory, arguments.rlhf.rollout_log_steps)
+    step = PpoStep(
+        engine=core.engine,
+        collector=_collector(core, added, evaluates=False),
+        prompts=PromptReader(train.rows.table, train.batches),
+        options=settings.ppo_options(arguments, checks_ratio=_is_repeatable(core)),
+        control=settings.kl_control(arguments),
+        show=show,
+    )
+    made = Reinforcement(step, added)
+    core.judged = partial(evaluated, core, added)
+    training.resumables["reinforcement"] = made
+    return made
+
+
+def evaluated(core: Core, added: WeightedRewards) -> dict[str, float]:
+    """The metrics of the held-out prompts; a collective call."""
+    world = core.context.world
+    tables = {
+        name: prompts_of(rows.table, world.rank, world.world_size)
+        for name, rows in core.evals.items()
+    }
+    collector = _collector(core, added, evaluates=True)
+    return held_out.judge(collector, tables, settings.kl_estimator(core.arguments), world)
+
+
+def weighted_rewards(arguments: RunArguments, model_dir: Path, first: int) -> WeightedRewards:
+    """The rewards of a run, each behind a pool of its own.
+
+    Args:
+        arguments: of the run.
+        model_dir: the policy's, whose adapter a reward model may be.
+        first: this rank.
+
+    Raises:
+        LlmrayError: one is not there, or does not fit.
+    """
+    names = arguments.rlhf.reward_models
+    weights = arguments.rlhf.reward_weights or (1.0,) * len(names)
+    sources = []
+    for name, short, weight in zip(names, rewards.names_of(names), weights, strict=True):
+        slots = arguments.rlhf.reward_num_requests if rewards.kind_of(name) == "api" else 2
+        options = settings.pool_options(arguments, slots=slots)
+        pool = Pool([_handle(name, arguments, model_dir)], options, first)
+        sources.append(Source(short, weight, pool))
+    return WeightedRewards(sources)
+
+
+def _handle(name: str, arguments: RunArguments, model_dir: Path) -> Handle:
+    if rewards.kind_of(name) == "model":
+        scorer = Scorer.load(_of_reward_model(name, arguments, model_dir))
+        return InProcess(name, ModelReward(scorer))
+    return rewards.handle_of(
+        name,
+        folder=Path.cwd(),
+        api=settings.api_options(arguments, environment.reward_api_key(os.environ)),
+        num_requests=arguments.rlhf.reward_num_requests,
+    )
+
+
+def _of_reward_model(name: str, arguments: RunArguments, model_dir: Path) -> RunArguments:
+    """The run file that `llmray score` would have for a reward model."""
+    rlhf, model = arguments.rlhf, arguments.model
+    keys: dict[str, Any] = {
+        "stage": "rm",
+        "template": arguments.data.template,
+        "cutoff_len": arguments.data.cutoff_len,
+        "trust_remote_code": model.trust_remote_code,
+        "cache_dir": model.cache_dir,
+        "infer_dtype": model.infer_dtype,
+        "use_cpu": arguments.training.use_cpu,
+    }
+    if rlhf.reward_model_type == "lora":
+        keys |= {
+            "model_name_or_path": str(model_dir),
+            "adapter_name_or_path": [name],
+            "quantization_bit": model.quantization_bit,
+        }
+    else:
+        keys |= {
+            "model_name_or_path": name,
+            "adapter_name_or_path": list(rlhf.reward_model_adapters),
+            "quantization_bit": rlhf.reward_model_quantization_bit,
+        }
+    return run_arguments.load({k: v for k, v in keys.items() if v is not None}, environ={})
+
+
+def _collector(core: Core, added: WeightedRewards, *, evaluates: bool) -> Collector:
+    arguments, engine = core.arguments, core.engine
+    sampling = Sampling.of(arguments, engine.model.model, core.tokenizer)
+    plan = settings.plan(arguments, sampling, evaluates=evaluates)
+    texts = Texts(core.tokenizer, arguments.generating.skip_special_tokens)
+    return Collector(
+        speaker=engine,
+        sampler=Sampler(engine, texts, plan),
+        rewards=added,
+        flat=engine.model.flat,
+        pad_id=core.tokenizer.pad_token_id,
+        rows=plan.side_by_side,
+    )
+
+
+def _is_repeatable(core: Core) -> bool:
+    """Whether training reads a response to 1e-4 as sampling did: whole float32, no dropout."""
+    model = core.engine.model.model
+    has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    attention: Any = getattr(causal_lm(model).config.get_text_config(), "attention_dropout", 0.0)
+    is_whole = core.arguments.model.quantization_bit is None
+    return core.engine.precision.name == "fp32" and is_whole and not has_dropout and not attention
+
+
+def _say_bias(arguments: RunArguments) -> None:
+    generating = arguments.generating
+    filters = {
+        "top_p": generating.top_p if generating.top_p < 1 else None,
+        "top_k": generating.top_k or None,
+        "repetition_penalty": generating.repetition_penalty
+        if generating.repetition_penalty != 1
+        else None,
+    }
+    found = ", ".join(f"{key}={value}" for key, value in filters.items() if value is not None)
+    if found:
+        log.warning(
+            "%s: responses are not drawn from the whole distribution that is learned, so the "
+            "divergence is estimated with a bias; top_p: 1.0, top_k: 0 and repetition_penalty: "
+            "1.0 have none",
+            found,
+        )
