@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from llmray.arguments import environment
-from llmray.arguments import run as run_arguments
+from llmray.arguments.loading import load
 from llmray.arguments.run import RunArguments
 from llmray.assembly import Core, Training
 from llmray.model.attention import causal_lm
@@ -166,7 +166,7 @@ def _of_reward_model(name: str, arguments: RunArguments, model_dir: Path) -> Run
             "adapter_name_or_path": list(rlhf.reward_model_adapters),
             "quantization_bit": rlhf.reward_model_quantization_bit,
         }
-    return run_arguments.load({k: v for k, v in keys.items() if v is not None}, environ={})
+    return load({k: v for k, v in keys.items() if v is not None}, environ={})
 
 
 def _collector(core: Core, added: WeightedRewards, *, evaluates: bool) -> Collector:

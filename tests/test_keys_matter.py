@@ -17,13 +17,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ppo_rows
 import pytest
 import torch
 from safetensors import safe_open
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from llmray import assembly, cli, export, hub, local, store
+from llmray import assembly, cli, export, hub, local, reinforcement, store
 from llmray.arguments import capabilities
 from llmray.arguments.loading import load
 from llmray.arguments.run import FIELDS
@@ -32,6 +33,8 @@ from llmray.data.tokenizer import load_tokenizer
 from llmray.errors import ArgumentsError, ClusterError, ModelError
 from llmray.model import pickled
 from llmray.model.load import load_model
+from llmray.rl import rewards
+from llmray.rl.rewards import WeightedRewards
 from llmray.run import Context, run
 from llmray.serve import answering
 from llmray.train import device_memory, optimizers, precision
@@ -39,6 +42,7 @@ from llmray.train.engine import Engine
 from llmray.train.generate import Sampling
 from llmray.train.observers import Console, read_log
 from llmray.train.parallel import World
+from llmray.train.score import Scorer
 
 Keys = dict[str, Any]
 
@@ -978,9 +982,53 @@ def test_seen_in_answers(key: str, site: Site, monkeypatch: pytest.MonkeyPatch) 
     test_seen_elsewhere(key, site, monkeypatch)
 
 
+# ---- keys of stage ppo ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ppo_rows.RUNS)
+def test_a_run_of_ppo_differs(key: str, site: Site) -> None:
+    row = ppo_rows.RUNS[key]
+    runs = ({**ppo_rows.BASE, **row.keys, key: value} for value in (row.first, row.second))
+    first, second = (ppo_rows.told(site.train(keys)) for keys in runs)
+    assert first != second
+
+
+@pytest.fixture(scope="module")
+def ready_for_ppo(site: Site) -> assembly.Training:
+    """The parts of a run of stage ppo, before its rewards are there."""
+    arguments, model_dir = site.arguments(ppo_rows.BASE), site.root / "model"
+    ref = access.ready(arguments, model_dir, root=site.root / "prepared")
+    context = Context(World.single(torch.device("cpu")), "", ref, model_dir, lambda: None)
+    return assembly.assemble(arguments, context)
+
+
+@pytest.mark.parametrize("key", ppo_rows.PARTS)
+def test_a_step_of_ppo_differs(
+    key: str, site: Site, ready_for_ppo: assembly.Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, seen = ppo_rows.PARTS[key], []
+    for value in (row.first, row.second):
+        with monkeypatch.context() as patch:
+            pools: list[Any] = []
+            patch.setattr(reinforcement, "Pool", lambda *words, to=pools: to.append(words))
+            patch.setattr(rewards, "RewardApi", lambda *words: words)
+            patch.setattr(reinforcement, "InProcess", lambda name, served: vars(served))
+            patch.setattr(rewards, "InProcess", lambda *words: words)
+            patch.setattr(Scorer, "load", lambda arguments: arguments)
+            patch.setattr(WeightedRewards, "close", lambda self: None)
+            ready_for_ppo.core.arguments = site.arguments({**ppo_rows.BASE, **row.keys, key: value})
+            made = reinforcement.prepare(ready_for_ppo, site.root / "rollouts")
+            step, sources = made.step, made.rewards._sources
+            plan = step.collector.sampler.plan
+            weights = [(source.name, source.weight) for source in sources]
+            parts = (step.options, vars(step.control), plan, weights, pools, vars(step.show))
+            seen.append(str(parts))
+    assert seen[0] != seen[1]
+
+
 def test_every_key_that_works_has_a_row() -> None:
     gaps = {**capabilities.NOT_BUILT, **capabilities.NOT_SUPPORTED}
     working = {key for key in FIELDS if key not in gaps or gaps[key].works is not None}
-    rows = {*ROWS, *SEEN, *CLUSTER, *GENERATING}
+    rows = {*ROWS, *SEEN, *CLUSTER, *GENERATING, *ppo_rows.PARTS, *ppo_rows.RUNS}
     assert rows | CHANGES_NOTHING == working
     assert not rows & CHANGES_NOTHING

@@ -19,7 +19,7 @@ import pytest
 import torch
 from tiny import make_tokenizer
 
-from llmray import cli, hub, launch
+from llmray import cli, hub, launch, reinforcement
 from llmray import run as runs
 from llmray.arguments import environment, paths
 from llmray.arguments.loading import load
@@ -27,6 +27,7 @@ from llmray.arguments.model import ModelArguments
 from llmray.errors import LlmrayError
 from llmray.model.load import load_config
 from llmray.model_code import optional_imports
+from llmray.rl import rewards
 from llmray.train import parallel, trackers
 from llmray.train.loop import Progress
 
@@ -165,6 +166,15 @@ def mode_of_npu(look: Look) -> object:
     return modes
 
 
+def token_of_rewards(look: Look) -> object:
+    """The token that a reward server is sent."""
+    asked: list[object] = []
+    look.patch.setattr(rewards, "RewardApi", lambda address, options: asked.append(options.token))
+    keys = {"stage": "ppo", "reward_model": "http://127.0.0.1:1", "reward_model_type": "api"}
+    reinforcement.weighted_rewards(load(RUN | keys), look.root, first=0).close()
+    return asked
+
+
 CODE = """
 from transformers import PretrainedConfig
 class OwnConfig(PretrainedConfig):
@@ -253,6 +263,7 @@ SEEN: dict[str, tuple[str | None, str | None, Callable[[Look], object]]] = {
     "USE_OPENMIND_HUB": (None, "1", from_hub),
     "API_HOST": (None, "127.0.0.9", served),
     "API_PORT": (None, "8001", served),
+    "REWARD_API_KEY": (None, "a token", token_of_rewards),
     "API_KEY": (None, "a token", served),
 }
 

@@ -37,7 +37,8 @@ def best_metric(arguments: RunArguments) -> tuple[str, bool]:
     """The metric by which evaluations are compared, and whether a greater one is better.
 
     As transformers takes it: `eval_` may be left out, and a name that ends with `loss` is better
-    when it is smaller, unless greater_is_better says otherwise.
+    when it is smaller, unless greater_is_better says otherwise. Of stage ppo, which has no loss
+    of the rows, it is the score.
     """
     training = arguments.training
     usual = "score" if arguments.finetuning.stage == "ppo" else "loss"

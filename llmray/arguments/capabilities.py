@@ -6,13 +6,13 @@ Whoever builds a capability removes its row.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from llmray.arguments.cluster import STARTS_RAY
 from llmray.arguments.problems import Problem, given
+from llmray.arguments.rlhf import kind_of
 
 Flat = Mapping[str, Any]  # key -> value of the whole run
 Works = Callable[[Any, Flat], bool]
@@ -349,12 +349,9 @@ def _starts_ray(flat: Flat) -> bool:
     return any(flat[key] is not None for key in STARTS_RAY)
 
 
-def _is_called(reward_model: str | None) -> bool:
-    """Whether rewards are servers and functions alone, which have no type."""
-    names = [name.strip() for name in (reward_model or "").split(",")]
-    return all(
-        "://" in name or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name) for name in names
-    )
+def _names_a_model(reward_models: str | None) -> bool:
+    """Whether some reward is a model, not a server or a function, which have no type."""
+    return any(kind_of(name.strip()) == "model" for name in (reward_models or "").split(","))
 
 
 COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
@@ -437,7 +434,7 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
         lambda flat: (
             flat["stage"] == "ppo"
             and flat["reward_model_type"] == "lora"
-            and not _is_called(flat["reward_model"])
+            and _names_a_model(flat["reward_model"])
             and flat["finetuning_type"] != "lora"
         ),
         "A reward adapter beside a policy without adapter is not built yet. Use "
@@ -448,11 +445,6 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
         lambda flat: flat["streaming"] and flat["stage"] == "kto",
         "Stage kto puts each prompt before the answer of another row, in turn over the whole data "
         "set, which a stream does not know. Set streaming: false.",
-    ),
-    Combination(
-        ("load_best_model_at_end", "stage"),
-        lambda flat: flat["load_best_model_at_end"] and flat["stage"] == "ppo",
-        "The best of stage ppo is not built yet. Remove load_best_model_at_end.",
     ),
 )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from llmray.arguments.problems import Problem, given
+from llmray.arguments.rlhf import kind_of
 
 if TYPE_CHECKING:
     from llmray.arguments.run import RunArguments
@@ -20,9 +21,77 @@ OF_GAE = (
 OF_ADAPTIVE = ("ppo_target", "ppo_kl_horizon")
 
 
+ALSO_OF_PPO = ("advantage_estimator", "rollout_log_steps")
+OF_MODELS = ("reward_model_adapters", "reward_model_quantization_bit")
+OF_SERVERS = ("reward_num_retries", "reward_num_requests")
+
+
 def _is_default(arguments: RunArguments, key: str) -> bool:
     field = type(arguments.rlhf).model_fields[key]
     return bool(getattr(arguments.rlhf, key) == field.default)
+
+
+def reward_keys_have_their_stage(arguments: RunArguments) -> Iterator[Problem]:
+    """A key of training by reward is for stage ppo."""
+    stage = arguments.finetuning.stage
+    if stage == "ppo":
+        return
+    for key in type(arguments.rlhf).model_fields:
+        is_one = key.startswith(("ppo_", "reward_")) or key in ALSO_OF_PPO
+        if is_one and not _is_default(arguments, key):
+            value = given(key, getattr(arguments.rlhf, key))
+            yield Problem(
+                (key, "stage"),
+                f"{value} with stage={stage}: it is for stage ppo. Remove {key}, or write stage: "
+                "ppo.",
+            )
+
+
+def responses_have_no_accuracy(arguments: RunArguments) -> Iterator[Problem]:
+    """Stage ppo reads no response of the data that tokens could be compared with."""
+    if arguments.finetuning.stage == "ppo" and arguments.finetuning.compute_accuracy:
+        yield Problem(
+            ("compute_accuracy", "stage"),
+            "compute_accuracy=true with stage=ppo: responses are sampled and scored, and no token "
+            "is right or wrong. Remove compute_accuracy.",
+        )
+
+
+def servers_have_addresses(arguments: RunArguments) -> Iterator[Problem]:
+    """A reward of type api is a server, or a function where several are added."""
+    rlhf = arguments.rlhf
+    wrong = [name for name in rlhf.reward_models if kind_of(name) == "model"]
+    if rlhf.reward_model_type == "api" and wrong:
+        yield Problem(
+            ("reward_model", "reward_model_type"),
+            f"reward_model={wrong[0]} with reward_model_type=api: an address is required that "
+            "begins with http:// or https://. Write it, or write reward_model_type: full for a "
+            "model.",
+        )
+
+
+def rewards_read_their_keys(arguments: RunArguments) -> Iterator[Problem]:
+    """Some keys are for reward models that are whole, others for servers."""
+    rlhf = arguments.rlhf
+    kinds = {kind_of(name) for name in rlhf.reward_models}
+    if not kinds:
+        return
+    is_whole = rlhf.reward_model_type == "full" and "model" in kinds
+    for key in OF_MODELS:
+        if not is_whole and not _is_default(arguments, key):
+            yield Problem(
+                (key, "reward_model_type"),
+                f"{given(key, getattr(rlhf, key))} with reward_model={rlhf.reward_model} of type "
+                f"{rlhf.reward_model_type}: it is for a whole reward model. Remove {key}, or write "
+                "reward_model_type: full.",
+            )
+    for key in OF_SERVERS:
+        if "api" not in kinds and not _is_default(arguments, key):
+            yield Problem(
+                (key, "reward_model"),
+                f"{given(key, getattr(rlhf, key))} with reward_model={rlhf.reward_model}: it is "
+                f"for reward servers, of which none is named. Remove {key}.",
+            )
 
 
 def groups_have_samples(arguments: RunArguments) -> Iterator[Problem]:
@@ -118,6 +187,10 @@ def a_value_is_used(arguments: RunArguments) -> Iterator[Problem]:
 
 
 REWARD_RULES: tuple[Rule, ...] = (
+    reward_keys_have_their_stage,
+    responses_have_no_accuracy,
+    servers_have_addresses,
+    rewards_read_their_keys,
     groups_have_samples,
     groups_have_no_values,
     divergence_as_a_loss_has_a_gradient,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
@@ -9,6 +10,18 @@ from pydantic import BeforeValidator
 from llmray.arguments.group import Field, Float, Group, Int, Names, Numbers, as_number
 
 Bits = Annotated[Literal[4, 8], BeforeValidator(as_number)]
+
+
+RewardKind = Literal["api", "function", "model"]
+
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+def kind_of(reward_model: str) -> RewardKind:
+    """What a name in reward_model stands for."""
+    if reward_model.startswith(("http://", "https://")):
+        return "api"
+    return "function" if FUNCTION.fullmatch(reward_model) else "model"
 
 
 class RlhfArguments(Group):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from llmray.arguments.best import ANSWERING
 from llmray.errors import RewardError
 from llmray.rl import figures
 from llmray.rl.advantages import KlEstimator
 from llmray.rl.experience import Collector
 from llmray.rl.rollout import Prompt
 from llmray.train.parallel import World
-
-SHOWN = ("score", "score_deviation", "kl", "response_length", "without_eos")
 
 
 def judge(
@@ -47,5 +46,5 @@ def judge(
 
 
 def _named(prefix: str, values: Mapping[str, float]) -> Iterator[tuple[str, float]]:
-    for name in SHOWN:
+    for name in ANSWERING:
         yield f"{prefix}_{name}", values[name]

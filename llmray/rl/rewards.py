@@ -12,16 +12,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Literal, Protocol
+from typing import Protocol
 
+from llmray.arguments.rlhf import RewardKind, kind_of
 from llmray.rl.handles import Answer, Handle, InProcess
 from llmray.rl.pool import Pool, PoolCounts, PoolOptions
 from llmray.rl.reward_api import ApiOptions, RewardApi
 from llmray.rl.reward_function import FunctionReward
-
-Kind = Literal["api", "function", "model"]
-
-FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 @dataclass(frozen=True)
@@ -112,13 +109,6 @@ class WeightedRewards:
         return Scored(total, {source.name: found for source, found in parts})
 
 
-def kind_of(reward_model: str) -> Kind:
-    """What a name in reward_model stands for."""
-    if reward_model.startswith(("http://", "https://")):
-        return "api"
-    return "function" if FUNCTION.fullmatch(reward_model) else "model"
-
-
 def handle_of(reward_model: str, *, folder: Path, api: ApiOptions, num_requests: int = 8) -> Handle:
     """The handle of a server or of a function.
 
@@ -148,8 +138,8 @@ def names_of(reward_models: Sequence[str]) -> list[str]:
 
 
 __all__ = [
-    "Kind",
     "PoolOptions",
+    "RewardKind",
     "Rewards",
     "Scored",
     "Source",

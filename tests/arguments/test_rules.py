@@ -176,6 +176,51 @@ CASES = {
         ({"stage": "ppo", "do_train": True}, {"reward_model": "r"}, "reward_model"),
         ({"stage": "ppo", "reward_model": "r"}, {"do_train": True}, "do_train"),
     ],
+    "reward_keys_have_their_stage": [
+        ({key: value}, {"stage": "ppo"}, f"{key}=")
+        for key, value in {
+            "ppo_epochs": 2,
+            "reward_model": "a:b",
+            "advantage_estimator": "grpo",
+            "rollout_log_steps": 1,
+        }.items()
+    ],
+    "responses_have_no_accuracy": [
+        ({"stage": "ppo", "compute_accuracy": True}, {"compute_accuracy": False}, "no token"),
+    ],
+    "servers_have_addresses": [
+        (
+            {"reward_model_type": "api", "reward_model": "a:b,localhost/8000"},
+            {"reward_model": "a:b,http://localhost:8000"},
+            "reward_model=localhost/8000",
+        ),
+    ],
+    "rewards_read_their_keys": [
+        (
+            {"reward_model": "m", "reward_model_adapters": ("a",)},
+            {"reward_model_type": "full"},
+            "of type lora",
+        ),
+        (
+            {
+                "reward_model": "a:b",
+                "reward_model_type": "full",
+                "reward_model_quantization_bit": 4,
+            },
+            {"reward_model": "a:b,m"},
+            "for a whole reward model",
+        ),
+        (
+            {"reward_model": "a:b", "reward_num_retries": 1},
+            {"reward_model": "a:b,http://a"},
+            "reward servers",
+        ),
+        (
+            {"reward_model": "m", "reward_num_requests": 1},
+            {"reward_num_requests": 8},
+            "reward servers",
+        ),
+    ],
     "groups_have_samples": [
         ({"advantage_estimator": "grpo"}, {"ppo_num_samples": 2}, "ppo_num_samples=1"),
         ({"advantage_estimator": "grpo"}, {"advantage_estimator": "gae"}, "grpo"),
@@ -313,6 +358,11 @@ CASES = {
         }.items()
     ],
     "best_metric_is_logged": [
+        (
+            {"stage": "ppo", "metric_for_best_model": "loss"},
+            {"metric_for_best_model": "eval_score"},
+            "evaluations of this run log eval_score, eval_score_deviation, eval_kl",
+        ),
         (
             {"metric_for_best_model": "accuracy"},
             {"compute_accuracy": True},
