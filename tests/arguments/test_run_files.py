@@ -68,11 +68,12 @@ LOADS = {
     "rm": COMMON + "stage: rm\n",
     "dpo": COMMON + "stage: dpo\npref_beta: 0.1\npref_loss: sigmoid\n",
     "kto": COMMON + "stage: kto\npref_beta: 0.1\n",
+    "ppo": COMMON + "stage: ppo\nreward_model: saves/reward\nmax_new_tokens: 512\ntop_k: 0\n"
+    "top_p: 0.9\n",
 }
 LOADS["remote data"] = LOADS["sft"] + "dataset_dir: REMOTE:org/demo_data\n"
 FAILS = {
-    "ppo": COMMON + "stage: ppo\nreward_model: saves/reward\nmax_new_tokens: 512\ntop_k: 0\n"
-    "top_p: 0.9\n",
+    "ppo on ray": COMMON + "stage: ppo\nreward_model: saves/reward\n" + RAY,
     "deepspeed": COMMON + "deepspeed: examples/deepspeed/ds_z3_config.json\n",
     "galore": LOADS["full"].replace("steps: 8", "steps: 1") + "use_galore: true\n"
     "galore_layerwise: true\ngalore_target: all\ngalore_rank: 128\ngalore_scale: 2.0\n",
