@@ -89,12 +89,18 @@ class RunArguments(BaseModel):
         """The value of one key."""
         return getattr(getattr(self, GROUP_OF[key]), key)
 
-    def yaml(self) -> str:
-        """A run file that loads to an equal object; keys that are not given are left out."""
+    def yaml(self, *, leave_out_defaults: bool = False) -> str:
+        """A run file that loads to an equal object; keys that are not given are left out.
+
+        Args:
+            leave_out_defaults: leave out what is as it would be without being written, too.
+        """
         flat = self.flat()
         parts = []
         for name, group in GROUPS.items():
             lines = {key: flat[key] for key in group.model_fields if flat.get(key) is not None}
+            if leave_out_defaults:
+                lines = {k: value for k, value in lines.items() if value != as_plain(DEFAULTS[k])}
             if lines:
                 text = yaml.safe_dump(lines, sort_keys=False, allow_unicode=True, width=100)
                 parts.append(f"# {name}\n{text}")

@@ -83,7 +83,7 @@ def draw_curve(points: Points, key: str, path: Path) -> None:
     """Write a picture of (step, value) points: the values and their smoothing."""
     made, axes = figure("step", key)
     steps, values = zip(*points, strict=True)
-    axes.plot(steps, values, color=RAW, linewidth=1.2, label=_plain(key), marker=".", markersize=3)
+    axes.plot(steps, values, color=RAW, linewidth=1.2, label=plain(key), marker=".", markersize=3)
     axes.plot(steps, smooth(values), color=SMOOTHED, linewidth=2, label="smoothed")
     axes.legend()
     save(made, path)
@@ -97,7 +97,7 @@ def draw_runs(curves: Mapping[str, Points], key: str, path: Path) -> None:
         line = RUN_LINES[number // len(RUN_COLOURS) % len(RUN_LINES)]
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
-        axes.plot(steps, smooth(values), line, color=colour, linewidth=2, label=_plain(name))
+        axes.plot(steps, smooth(values), line, color=colour, linewidth=2, label=plain(name))
     outside = len(curves) > 8
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5)) if outside else axes.legend()
     save(made, path)
@@ -182,9 +182,9 @@ def _names(places: Sequence[str]) -> list[str]:
     return list(places)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that matplotlib shows as it is: no formulas, no label that it hides."""
-    return text.replace("$", r"\$") if not text.startswith("_") else f" {_plain(text[1:])}"
+    return text.replace("$", r"\$") if not text.startswith("_") else f" {plain(text[1:])}"
 
 
 def figure(x_label: str, y_label: str) -> tuple[Any, Any]:
@@ -193,8 +193,8 @@ def figure(x_label: str, y_label: str) -> tuple[Any, Any]:
 
     made = Figure(figsize=(7, 4.2), layout="constrained")
     axes = made.subplots()
-    axes.set_xlabel(_plain(x_label))
-    axes.set_ylabel(_plain(y_label))
+    axes.set_xlabel(plain(x_label))
+    axes.set_ylabel(plain(y_label))
     axes.grid(alpha=0.3)
     return made, axes
 

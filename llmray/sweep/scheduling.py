@@ -1,0 +1,97 @@
+"""What a scheduler's settings are in a run of known length; where rungs stand, and what they cost.
+
+Ray Tune's own defaults suit no run: its ASHA ends every trial at 100, and compares the first at 1,
+before anything was evaluated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llmray.arguments.run import RunArguments
+from llmray.arguments.tune import Scheduler
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is, in optimizer updates; `eval_steps` lie between two evaluations."""
+
+    total_steps: int
+    steps_per_epoch: int
+    eval_steps: int
+
+
+def settings(scheduler: Scheduler, length: Length) -> dict[str, Any]:
+    """The settings by Ray Tune's names, with `max_t` and `grace_period` where none are given.
+
+    Args:
+        scheduler: of the sweep.
+        length: of a trial, in which time_attr counts; seconds are not known, so that a scheduler
+            that counts them starts at 1 and has no end.
+    """
+    found = dict(scheduler.settings)
+    if scheduler.kind == "none":
+        return found
+    unit = found["time_attr"]
+    first: float = {
+        "current_steps": length.eval_steps,
+        "epoch": length.eval_steps / length.steps_per_epoch,
+    }.get(unit, 1.0)
+    end: float = {
+        "current_steps": length.total_steps,
+        "epoch": length.total_steps / length.steps_per_epoch,
+    }.get(unit, float(10**9))
+    if scheduler.kind in ("asha", "median"):
+        found.setdefault("grace_period", first)
+    if scheduler.kind == "asha":
+        found.setdefault("max_t", max(end, found["grace_period"]))
+    elif scheduler.kind == "hyperband":
+        found.setdefault("max_t", max(1, round(end)))
+    return found
+
+
+def length_of(arguments: RunArguments, steps_per_epoch: int) -> Length:
+    """The length of a run whose evaluations follow from its keys.
+
+    Args:
+        arguments: of the run.
+        steps_per_epoch: updates in a pass over its rows.
+    """
+    from llmray.train.loop import cadence
+
+    found = cadence(arguments.training, steps_per_epoch)
+    every = found.eval_steps or found.total_steps
+    return Length(found.total_steps, steps_per_epoch, every)
+
+
+def rungs(found: dict[str, Any]) -> list[float]:
+    """Where asynchronous halving compares trials, from the first to the last below `max_t`.
+
+    Args:
+        found: of scheduler asha, as `settings` gives them.
+    """
+    at, stands = float(found["grace_period"]), []
+    while at < found["max_t"]:
+        stands.append(at)
+        at *= found["reduction_factor"]
+    return stands
+
+
+def expected_steps(scheduler: Scheduler, num_trials: int, length: Length) -> float:
+    """The updates of all trials together that a scheduler leaves, as it is meant to.
+
+    Of halving: all trials reach the first rung, one of `reduction_factor` the next, and so on. What
+    the others leave depends on the trials; all steps are counted.
+    """
+    whole = float(num_trials * length.total_steps)
+    if scheduler.kind != "asha" or scheduler.settings["time_attr"] == "time_total_s":
+        return whole
+    found = settings(scheduler, length)
+    per_unit = length.steps_per_epoch if found["time_attr"] == "epoch" else 1
+    stands = [*rungs(found), float(found["max_t"])]
+    steps, before, left = 0.0, 0.0, float(num_trials)
+    for stand in stands:
+        steps += left * (stand - before) * per_unit
+        before, left = stand, left / found["reduction_factor"]
+    return min(whole, steps)
