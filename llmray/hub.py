@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from llmray import downloads, store
 from llmray.arguments import environment
 from llmray.arguments.model import ModelArguments
+from llmray.arguments.rlhf import RlhfArguments
 from llmray.errors import ModelError
 
 if TYPE_CHECKING:
@@ -25,10 +26,18 @@ if TYPE_CHECKING:
 
 log = getLogger("llmray")
 
-Kind = Literal["model", "adapter"]
+Kind = Literal["model", "adapter", "reference"]
 
-CONFIGS: dict[Kind, str] = {"model": "config.json", "adapter": "adapter_config.json"}
-KEYS: dict[Kind, str] = {"model": "model_name_or_path", "adapter": "adapter_name_or_path"}
+CONFIGS: dict[Kind, str] = {
+    "model": "config.json",
+    "adapter": "adapter_config.json",
+    "reference": "config.json",
+}
+KEYS: dict[Kind, str] = {
+    "model": "model_name_or_path",
+    "adapter": "adapter_name_or_path",
+    "reference": "ref_model",
+}
 SAMPLE_BYTES = 1 << 16  # read at both ends and in the middle of a file to tell it from others
 UNUSED = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx*", "*.h5", "*.msgpack", "original/*")
 
@@ -45,7 +54,7 @@ def resolve(
     Args:
         name: a folder, a .gguf file, a folder that holds one .gguf file and no config.json, or
             the name of a hub repository.
-        model_args: revision (of the model; adapters have repositories of their own, of which the
+        model_args: revision (of the model's repository; of others, such as those of adapters, the
             main branch is taken), cache folder and tokens of hubs; the folder of an adapter in its
             repository.
         kind: what it must hold.
@@ -58,7 +67,7 @@ def resolve(
         raise ModelError("model_name_or_path is missing. A folder or a name on a hub is required.")
     path = Path(name).expanduser()
     if path.is_file():
-        return _of_file(path)
+        return _of_file(path, kind)
     if path.is_dir():
         return _of_folder(path / _inside(model_args, kind), kind)
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
@@ -69,14 +78,16 @@ def resolve(
     return _of_hub(str(name), model_args, kind, weights)
 
 
-def resolve_all(model_args: ModelArguments) -> Path:
-    """The folder of a run's model, with all its adapters fetched as well.
+def resolve_all(model_args: ModelArguments, rlhf: RlhfArguments) -> Path:
+    """The folder of a run's model, with its adapters and its reference fetched as well.
 
     Raises:
         ModelError: as `resolve`.
     """
-    for name in model_args.adapter_name_or_path:
+    for name in (*model_args.adapter_name_or_path, *rlhf.ref_model_adapters):
         resolve(name, model_args, kind="adapter")
+    if rlhf.ref_model is not None:
+        resolve(rlhf.ref_model, model_args, kind="reference")
     return resolve(model_args.model_name_or_path, model_args)
 
 
@@ -96,10 +107,10 @@ def identity(model_dir: Path | str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _of_file(path: Path) -> Path:
+def _of_file(path: Path, kind: Kind) -> Path:
     if path.suffix != ".gguf":
         raise ModelError(
-            f"model_name_or_path={path} is a file. A folder, a .gguf file or a name on a hub is "
+            f"{KEYS[kind]}={path} is a file. A folder, a .gguf file or a name on a hub is "
             "required: name the folder that it lies in."
         )
     return _converted(path)
@@ -108,7 +119,7 @@ def _of_file(path: Path) -> Path:
 def _of_folder(path: Path, kind: Kind) -> Path:
     if (path / CONFIGS[kind]).is_file():
         return path
-    ggufs = sorted(path.glob("*.gguf")) if kind == "model" else []
+    ggufs = sorted(path.glob("*.gguf")) if kind != "adapter" else []
     if len(ggufs) == 1:
         return _converted(ggufs[0])
     if ggufs:
@@ -116,8 +127,9 @@ def _of_folder(path: Path, kind: Kind) -> Path:
             f"{path} holds {len(ggufs)} .gguf files. One is required: name it, such as {ggufs[0]}."
         )
     hint = ""
-    if kind == "model" and (path / CONFIGS["adapter"]).is_file():
-        hint = " It holds an adapter: that goes to adapter_name_or_path."
+    if kind != "adapter" and (path / CONFIGS["adapter"]).is_file():
+        key = "adapter_name_or_path" if kind == "model" else "ref_model_adapters"
+        hint = f" It holds an adapter: that goes to {key}."
     raise ModelError(
         f"{KEYS[kind]}={path}: the folder has no {CONFIGS[kind]}.{hint} A folder in Hugging "
         "Face's format is required: complete it, or name another."
@@ -125,11 +137,12 @@ def _of_folder(path: Path, kind: Kind) -> Path:
 
 
 def _of_hub(name: str, model_args: ModelArguments, kind: Kind, weights: bool) -> Path:
-    revision = model_args.model_revision if kind == "model" else None
+    is_the_model = kind != "adapter" and name == model_args.model_name_or_path
+    revision = model_args.model_revision if kind == "model" or is_the_model else None
     words = (name, KEYS[kind], model_args, revision)
     unused = UNUSED if weights else (*UNUSED, "*.safetensors")
     path = downloads.fetch(*words, unused)
-    is_pickled = weights and kind == "model" and not any(path.glob("*.safetensors"))
+    is_pickled = weights and kind != "adapter" and not any(path.glob("*.safetensors"))
     if is_pickled and model_args.allow_pickled_weights:
         path = downloads.fetch(*words, UNUSED[1:])
     return _of_folder(path / _inside(model_args, kind), kind)

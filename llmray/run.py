@@ -112,7 +112,8 @@ def _trained(
     core = training.core
     arguments, context = core.arguments, core.context
     if context.world.is_main:
-        files.write_json("trainable_parameters.json", tuning.status(core.engine.model.model))
+        model = core.engine.model
+        files.write_json("trainable_parameters.json", tuning.status(model.model, model.value_head))
     first_step = _resume(training)
     _put_bad_rows_aside(training, files, is_resumed=first_step > 0)
     start = time.perf_counter() - started

@@ -12,9 +12,10 @@ from llmray.arguments.loading import load
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CHAIN = [ROOT / "configs" / "chain" / f"{stage}.yaml" for stage in ("sft", "rm", "dpo")]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *CHAIN], ids=lambda path: path.stem)
 def test_every_config_loads(path: Path) -> None:
     written = yaml.safe_load(path.read_text())
     flat = load(path, environ={}).flat()
@@ -27,6 +28,21 @@ def test_every_config_names_data_that_is_here(path: Path) -> None:
     info = json.loads((ROOT / data.dataset_dir / "dataset_info.json").read_text())
     for name in (*data.dataset, *data.eval_dataset):
         assert (ROOT / data.dataset_dir / info[name]["file_name"]).is_file()
+
+
+def test_in_a_chain_one_begins_with_the_output_of_another() -> None:
+    """On sets of LLaMA-Factory's folder of data; reward model and policy hold out the same rows."""
+    assert sorted(CHAIN) == sorted((ROOT / "configs" / "chain").glob("*.yaml"))
+    sft, rm, dpo = (load(path, environ={}) for path in CHAIN)
+    for stage, run in zip(("sft", "rm", "dpo"), (sft, rm, dpo), strict=True):
+        assert run.finetuning.stage == stage
+        assert run.model.model_name_or_path == sft.model.model_name_or_path
+        assert f"dataset_dir=LLaMA-Factory/{run.data.dataset_dir}" in CHAIN[0].read_text()
+    assert rm.model.adapter_name_or_path == (str(sft.training.output_dir),)
+    assert dpo.model.adapter_name_or_path == (str(sft.training.output_dir),)
+    assert rm.data == dpo.data
+    assert rm.data.val_size > 0
+    assert len({str(run.training.output_dir) for run in (sft, rm, dpo)}) == 3
 
 
 def asks_for_gpus(path: Path) -> bool:
@@ -133,7 +149,7 @@ def test_config_runs_on_the_real_model(
 
 def test_configs_say_in_their_first_line_what_they_are() -> None:
     assert CONFIGS
-    assert all(path.read_text().startswith("# ") for path in CONFIGS)
+    assert all(path.read_text().startswith("# ") for path in (*CONFIGS, *CHAIN))
 
 
 def test_demonstration_data_is_what_its_script_writes() -> None:

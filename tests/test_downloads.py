@@ -18,6 +18,7 @@ from tiny import make_model, make_tokenizer
 
 from llmray import downloads, hub
 from llmray.arguments.model import ModelArguments
+from llmray.arguments.rlhf import RlhfArguments
 from llmray.errors import ModelError
 
 FORK = multiprocessing.get_context("fork")
@@ -260,22 +261,46 @@ def test_workers_take_what_their_node_has_fetched(repository, tmp_path, monkeypa
         assert hub.resolve("org/tiny", ModelArguments()) == tmp_path / "moved"
 
 
-def test_a_nodes_preparation_fetches_adapters_too(repository, tmp_path, monkeypatch):
+def test_a_nodes_preparation_fetches_adapters_and_the_reference_too(
+    repository, tmp_path, monkeypatch
+):
+    """The reference's repository has branches of its own, unless it is the model's."""
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     asked = []
 
     def snapshot_download(name, **settings):
-        asked.append(name)
-        return str({"org/tiny": repository, "org/adapter": adapter}[name])
+        asked.append((name, settings["revision"]))
+        return str({"org/adapter": adapter}.get(name, repository))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     given = ModelArguments(
-        model_name_or_path="org/tiny", adapter_name_or_path=("org/adapter", str(adapter))
+        model_name_or_path="org/tiny",
+        model_revision="v2",
+        adapter_name_or_path=("org/adapter", str(adapter)),
     )
-    assert hub.resolve_all(given) == repository
-    assert asked == ["org/adapter", "org/tiny"]
+    assert hub.resolve_all(given, RlhfArguments()) == repository
+    assert asked == [("org/adapter", None), ("org/tiny", "v2")]
+    asked.clear()
+    reference = RlhfArguments(ref_model="org/other", ref_model_adapters=("org/adapter",))
+    assert hub.resolve_all(given, reference) == repository
+    assert asked == [
+        *[("org/adapter", None)] * 2,
+        ("org/other", None),
+        ("org/tiny", "v2"),
+    ]
+    asked.clear()
+    hub.resolve_all(given, RlhfArguments(ref_model="org/tiny"))
+    assert set(asked[1:]) == {("org/tiny", "v2")}
+
+
+def test_a_reference_that_is_not_there_is_named_by_its_key(tmp_path):
+    with pytest.raises(ModelError, match=r"ref_model=.*/none: there is no such folder"):
+        hub.resolve(tmp_path / "none", ModelArguments(), kind="reference")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="that goes to ref_model_adapters"):
+        hub.resolve(tmp_path, ModelArguments(), kind="reference")
 
 
 def test_a_damaged_note_is_asked_anew(repository, cache, monkeypatch):

@@ -74,10 +74,17 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def status(model: nn.Module) -> dict[str, Any]:
-    """Which parameters train: counts, share, counts by dtype, and each one's shape and dtype."""
-    found, dtypes = trainable(model), {"trains": Counter[str](), "frozen": Counter[str]()}
-    for parameter in model.parameters():
+def status(model: nn.Module, value_head: nn.Module | None = None) -> dict[str, Any]:
+    """Which parameters train: counts, share, counts by dtype, and each one's shape and dtype.
+
+    Those of a value head that stands beside the model are called `value_head.…`.
+    """
+    whole = dict(model.named_parameters())
+    if value_head is not None:
+        whole |= {f"value_head.{name}": p for name, p in value_head.named_parameters()}
+    found = {name: p for name, p in whole.items() if p.requires_grad}
+    dtypes = {"trains": Counter[str](), "frozen": Counter[str]()}
+    for parameter in whole.values():
         kind = "trains" if parameter.requires_grad else "frozen"
         dtypes[kind][_name(parameter.dtype)] += quantize.num_weights(parameter)
     count, total = dtypes["trains"].total(), sum(n.total() for n in dtypes.values())

@@ -307,7 +307,7 @@ def ready_here(
 ) -> tuple[Path, Ref]:
     """Resolve model and adapters, and build the prepared data set on this machine."""
     os.environ.update(secrets)
-    model_dir = hub.resolve_all(arguments.model)
+    model_dir = hub.resolve_all(arguments.model, arguments.rlhf)
     root = prepared_root()
     ref = access.ready(
         arguments, model_dir, root=root, run_token=run_token, build_shards=build_shards

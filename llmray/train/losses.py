@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmray.batch import Batch
+from llmray.errors import TrainingError
 from llmray.model.head import TokenOutput
 
 
@@ -95,6 +96,29 @@ def sums_by_sample(values: Tensor, batch: Batch) -> Tensor:
     return sums.index_add(0, batch.target_sample, values.double())
 
 
+def require_finite(values_S: Tensor, batch: Batch, what: str) -> None:
+    """Fail if the value of an answer is not a number; looks only where that costs no wait.
+
+    Args:
+        values_S: one for each answer of the batch, (num_samples,).
+        batch: whose rows are named.
+        what: the values are, for the message.
+
+    Raises:
+        TrainingError: names the row.
+    """
+    if values_S.device.type != "cpu" or bool(values_S.isfinite().all()):
+        return
+    place = int((~values_S.isfinite()).nonzero()[0, 0])
+    per_row = max(1, batch.num_samples // max(1, len(batch.rows)))
+    row = f"row {batch.rows[place // per_row]} of the table" if batch.rows else "a row"
+    raise TrainingError(
+        f"the {what} of an answer is {values_S[place].item()}: {row}, counted from 0. "
+        "Finite numbers are required. Look at it with llmray render; lower learning_rate, or train "
+        "in bf16 or fp32 instead of fp16."
+    )
+
+
 class LanguageModeling:
     """Next-token cross entropy, -sum of log p(target), in nats; its unit is the target token."""
 
@@ -125,6 +149,7 @@ class RewardModeling:
     def __call__(self, output: TokenOutput, batch: Batch) -> LossOutput:
         """The summed loss; metrics are the accuracy, the margin and both rewards."""
         assert output.scores is not None, "the model gives rewards"
+        require_finite(output.scores, batch, "reward")
         chosen_P, rejected_P = output.scores[0::2], output.scores[1::2]
         margins_P = chosen_P - rejected_P
         metrics = {

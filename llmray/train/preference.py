@@ -18,9 +18,8 @@ from torch import Tensor
 
 from llmray.arguments.rlhf import RlhfArguments
 from llmray.batch import Batch
-from llmray.errors import TrainingError
 from llmray.model.head import TokenOutput
-from llmray.train.losses import LossOutput, sums_by_sample
+from llmray.train.losses import LossOutput, require_finite, sums_by_sample
 
 Logprobs = Callable[[Batch], Tensor]  # (n,) at the targets of a batch, without gradient
 
@@ -239,7 +238,7 @@ class Preference:
         """The summed loss of the pairs, and the sums of their metrics."""
         options, logprobs = self.options, output.logprobs
         sums_S = sums_by_sample(logprobs, batch)
-        require_finite(sums_S, batch)
+        require_finite(sums_S, batch, "log-probability")
         if options.ld_alpha is not None:
             weights = torch.where(beyond_the_shorter(batch), options.ld_alpha, 1.0)
             pairs = self._pairs(sums_by_sample(logprobs * weights, batch), batch)
@@ -340,7 +339,7 @@ class Judged:
         """The summed loss of the answers, and the sums of their metrics."""
         options = self.options
         sums_S = sums_by_sample(output.logprobs, batch)
-        require_finite(sums_S, batch)
+        require_finite(sums_S, batch, "log-probability")
         if batch.is_wanted is None:  # no answers
             nothing = sums_S.sum()
             return LossOutput(nothing, {name: nothing.detach() for name in _SUMS})
@@ -398,24 +397,6 @@ _SUMS = (
     *("rewards_chosen", "rewards_rejected", "logps_chosen", "logps_rejected"),
     *("share_chosen", "share_rejected", "falls", "kl"),
 )
-
-
-def require_finite(sums_S: Tensor, batch: Batch) -> None:
-    """Fail if an answer's log-probability is not a number; looks only where that costs no wait.
-
-    Raises:
-        TrainingError: names the row.
-    """
-    if sums_S.device.type != "cpu" or bool(sums_S.isfinite().all()):
-        return
-    place = int((~sums_S.isfinite()).nonzero()[0, 0])
-    per_row = max(1, batch.num_samples // max(1, len(batch.rows)))
-    row = f"row {batch.rows[place // per_row]} of the table" if batch.rows else "a row"
-    raise TrainingError(
-        f"the log-probability of an answer is {sums_S[place].item()}: {row}, counted from 0. "
-        "Finite numbers are required. Look at it with llmray render; lower learning_rate, or train "
-        "in bf16 or fp32 instead of fp16."
-    )
 
 
 def effective_weights(num_wanted: int, num_rows: int, options: RlhfArguments) -> float:

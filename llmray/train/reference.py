@@ -177,7 +177,7 @@ def of_policy(arguments: RunArguments, policy: TokenModel) -> Reference:
 
 def _folder(arguments: RunArguments, model_dir: Path) -> Path:
     name = arguments.rlhf.ref_model
-    return model_dir if name is None else hub.resolve(name, arguments.model)
+    return model_dir if name is None else hub.resolve(name, arguments.model, kind="reference")
 
 
 # of the policy's keys, those that decide what the reference says

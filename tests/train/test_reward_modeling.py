@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tiny import build_model
 from llmray.arguments.optimizer import OptimizerArguments
 from llmray.data.collate import collate
 from llmray.data.shards import Sample
+from llmray.errors import TrainingError
 from llmray.model import value_head
 from llmray.model.head import TokenModel, TokenOutput
 from llmray.train import optimizers, schedules
@@ -78,6 +80,14 @@ def test_rewards_far_apart_give_finite_losses():
     scores = torch.tensor([0.0, 1000.0, 1000.0, 0.0])
     found = RewardModeling()(TokenOutput(torch.zeros(0), scores=scores), batch(2))
     assert found.loss.item() == 1000.0
+
+
+def test_a_pair_whose_reward_is_no_number_is_named():
+    """Of pairs 7, 3 and 5 the second has one."""
+    scores = torch.tensor([2.0, 1.0, 0.0, math.nan, 1.0, 1.0])
+    pairs = replace(batch(3), rows=(7, 3, 5))
+    with pytest.raises(TrainingError, match="the reward of an answer is nan: row 3 of the table"):
+        RewardModeling()(TokenOutput(torch.zeros(0), scores=scores), pairs)
 
 
 def test_margins_rise_and_nothing_depends_on_the_split():

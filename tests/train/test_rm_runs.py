@@ -20,7 +20,8 @@ from tiny import make_model, make_tokenizer
 
 from llmray import local, scoring
 from llmray.arguments.loading import load
-from llmray.errors import LlmrayError, RewardError
+from llmray.errors import LlmrayError, RewardError, TrainingError
+from llmray.model.value_head import ValueHead
 from llmray.train import ranking
 from llmray.train.observers import read_log
 from llmray.train.ranking import Pair
@@ -123,6 +124,9 @@ def test_margins_rise_and_scores_are_those_of_the_loop(method: str, root: Path, 
         "v_head.summary.weight": (1, 64),
         "v_head.summary.bias": (1,),
     }
+    told = json.loads((output / "trainable_parameters.json").read_text())["parameters"]
+    assert told["value_head.summary.weight"] == {"shape": [1, 64], "dtype": "float32"}
+    assert told["value_head.summary.bias"]["shape"] == [1]
     lines = (output / "generated_predictions.jsonl").read_text().splitlines()
     predicted = [json.loads(line) for line in lines]
     found = results(output, "predict_results")
@@ -237,6 +241,22 @@ def test_data_of_another_stage_is_refused(root: Path) -> None:
 def test_evaluation_without_a_head_says_where_one_comes_from(root: Path) -> None:
     with pytest.raises(LlmrayError, match=r"has no value_head\.safetensors.*stage: rm"):
         train(root, "none", do_train=False, do_eval=True, val_size=8)
+
+
+def test_a_reward_of_training_that_is_no_number_is_named_by_its_row(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows come in their order, one at a time; the head breaks before the sixth forward pass."""
+    settings = {"disable_shuffling": True, "per_device_train_batch_size": 1}
+    real, seen = ValueHead.forward, []
+
+    def forward(self: ValueHead, hidden: Any) -> Any:
+        seen.append(0)
+        return real(self, hidden) * (float("nan") if len(seen) == 6 else 1)
+
+    monkeypatch.setattr(ValueHead, "forward", forward)
+    with pytest.raises(TrainingError, match="reward of an answer is nan: row 5 of the table"):
+        train(root, "nan-in-training", **settings)
 
 
 def test_a_reward_that_is_no_number_is_named_by_its_row(root: Path, monkeypatch) -> None:
