@@ -247,7 +247,8 @@ def test_a_reward_of_training_that_is_no_number_is_named_by_its_row(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows come in their order, one at a time; the head breaks before the sixth forward pass."""
-    settings = {"disable_shuffling": True, "per_device_train_batch_size": 1}
+    settings: dict[str, Any] = {"disable_shuffling": True, "gradient_accumulation_steps": 1}
+    settings["per_device_train_batch_size"] = 1
     real, seen = ValueHead.forward, []
 
     def forward(self: ValueHead, hidden: Any) -> Any:
