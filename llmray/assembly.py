@@ -308,8 +308,10 @@ def _token_model(
     has_values = stage.samples and arguments.rlhf.advantage_estimator == "gae"
     head = _value_head(arguments, context, loaded) if scores or has_values else None
     tuned = tuning.apply(loaded, arguments, is_trainable=True, upcast=not numbers.pure)
-    if scores:
+    if head is not None:
         value_head.freeze_output_head(tuned)
+        # rewards are compared, so its gradient is rounding, of which Adam would make whole steps
+        head.summary.bias.requires_grad_(False)
     if keeps_float32:
         for parameter in tuned.parameters():
             if not parameter.requires_grad:

@@ -13,7 +13,7 @@ from torch import nn
 
 from llmray.arguments.run import RunArguments
 from llmray.data.mismatched import JudgedTable
-from llmray.data.prepared import PreparedRef, Table
+from llmray.data.prepared import PackedTable, PreparedRef, Table
 from llmray.errors import ArgumentsError
 from llmray.model.attention import why_not_flat
 from llmray.model.head import TokenModel
@@ -113,7 +113,7 @@ def known_beforehand(
         return {}  # `true` is refused with the arguments
     digest = reference.identity(arguments, model_dir)
     kept = reference.Kept(data.path, digest, engine.world)
-    found = kept.read({name: len(rows.table) for name, rows in tables.items()})
+    found = kept.read({name: rows.table.num_rows for name, rows in tables.items()})
     if found is None:
         if wish == "auto" and not sees_rows_again:
             return {}
@@ -136,6 +136,8 @@ def with_known(tables: Mapping[str, Rows], known: Mapping[str, np.ndarray]) -> d
 
 def say_weights(arguments: RunArguments, table: Table | None) -> None:
     """Warn where wanted and unwanted answers of stage kto weigh too differently."""
+    if isinstance(table, PackedTable):
+        table = table.table
     if not isinstance(table, JudgedTable):
         return
     options, wanted, count = arguments.rlhf, table.num_wanted, len(table)

@@ -1,11 +1,9 @@
-"""Trains each of some runs alone, on one rank, and then together with the other rank."""
+"""Runs of preference on one rank or several, for a test that compares them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from llmray import hub
 from llmray.arguments.loading import load
@@ -24,13 +22,10 @@ def train(keys: dict[str, Any], root: Path, world: World) -> None:
     run(arguments, Context(world, keys["output_dir"], ref, model_dir, lambda: None))
 
 
-def train_all(given: tuple[Path, Runs, Runs]) -> None:
-    """Of the first runs every other one alone, then all of the second ones on both ranks."""
-    root, alone, together = given
+def train_together(given: tuple[Path, Runs]) -> None:
+    """All runs, one after the other, with their data prepared under a folder, as this rank."""
+    root, runs = given
     ranks = World.from_environment(280, use_cpu=True)
-    for keys in alone[ranks.rank :: ranks.world_size]:
-        train(keys, root / "prepared", World.single(torch.device("cpu")))
-    ranks.barrier()
-    for keys in together:
-        train(keys, root / "prepared-together", ranks)
+    for keys in runs:
+        train(keys, root, ranks)
     ranks.close()

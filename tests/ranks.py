@@ -1,7 +1,7 @@
 """Ranks on this machine for tests: processes that are forked from one that has imported it all.
 
-`on_ranks(function, argument)` calls a function of a module on each of two ranks, in a process of
-its own where `World.from_environment` finds the others.
+Within `on_ranks(function, argument)` a function of a module runs on each of two ranks, in a process
+of its own where `World.from_environment` finds the other.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -19,8 +20,14 @@ import torch.distributed as dist
 PRELOADED = ["llmray.run", "peft", "transformers.models.llama.modeling_llama"]
 
 
-def on_ranks(function: Callable[[Any], None], argument: Any, timeout_s: float = 280.0) -> None:
-    """Call `function` with `argument` on two ranks; fails where one fails or takes too long."""
+@contextmanager
+def on_ranks(
+    function: Callable[[Any], None], argument: Any, timeout_s: float = 280.0
+) -> Iterator[None]:
+    """Call `function` with `argument` on two ranks beside what is done inside; wait at its end.
+
+    Fails where one of them fails or takes too long.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     # it lives here, on a port that the system chooses: nobody can take it in between
@@ -33,6 +40,7 @@ def on_ranks(function: Callable[[Any], None], argument: Any, timeout_s: float = 
         rank.start()
     end = time.monotonic() + timeout_s
     try:
+        yield
         while any(rank.exitcode is None for rank in ranks):
             assert not any(rank.exitcode for rank in ranks), "a rank has failed"
             assert time.monotonic() < end, f"the ranks took longer than {timeout_s} s"

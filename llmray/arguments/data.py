@@ -96,12 +96,13 @@ class DataArguments(Group):
     )
     packing: bool | None = Field(
         None,
-        description="Stage pt: lay texts into full rows. Stage sft: put rows together into bins of "
-        "up to cutoff_len tokens, which per_device_train_batch_size counts; they do not see each "
-        "other. Not given: true for stage pt, else false.",
+        description="Stage pt: lay texts into full rows. Other stages: put rows together into bins "
+        "of up to cutoff_len tokens (twice as many for pairs of answers), which "
+        "per_device_train_batch_size counts; they do not see each other. Not given: true for "
+        "stage pt, else false.",
     )
     neat_packing: bool = Field(
-        False, description="The same as packing in stage sft, where rows never see each other."
+        False, description="The same as packing outside stage pt: rows never see each other."
     )
     tool_format: str | None = Field(
         None, description="Text of tools and their calls, by name. Not given: the template's."

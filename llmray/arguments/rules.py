@@ -158,14 +158,15 @@ def neat_packing_packs(arguments: RunArguments) -> Iterator[Problem]:
         )
 
 
-def pairs_are_not_packed(arguments: RunArguments) -> Iterator[Problem]:
-    """Stages that compare responses take rows one by one."""
-    stage = arguments.finetuning.stage
-    if arguments.data.packing and stage not in ("pt", "sft"):
+def prompts_are_not_packed(arguments: RunArguments) -> Iterator[Problem]:
+    """Stage ppo takes prompts one by one."""
+    data = arguments.data
+    if (data.packing or data.neat_packing) and arguments.finetuning.stage == "ppo":
+        key = "neat_packing" if data.neat_packing else "packing"
         yield Problem(
-            ("packing", "stage"),
-            f"packing=true with stage={stage}: only texts and conversations are packed. Remove "
-            "packing; rows are not padded without it either.",
+            (key, "stage"),
+            f"{key}=true with stage=ppo: responses are not there yet when rows would be packed. "
+            f"Remove {key}; they are not padded without it either.",
         )
 
 
@@ -430,7 +431,7 @@ RULES: tuple[Rule, ...] = (
     one_source_of_evaluation_rows,
     split_needs_data,
     neat_packing_packs,
-    pairs_are_not_packed,
+    prompts_are_not_packed,
     probabilities_interleave,
     one_probability_a_set,
     streams_have_no_length,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from llmray import store
+from llmray.data.mismatched import JudgedTable
 from llmray.data.shards import Sample, SampleTable
 
 FILES = ("packing-rows.npy", "packing-bounds.npy")
@@ -201,14 +202,15 @@ class PackedTable:
     """The rows of a table, in bins: what is dealt and counted is a bin.
 
     Attributes:
+        table: the rows.
         packing: which rows share a bin.
         lengths: tokens of each bin, (num_bins,) int32.
         target_counts: targets of each bin, (num_bins,) int32.
     """
 
-    def __init__(self, table: SampleTable, packing: Packing) -> None:
+    def __init__(self, table: SampleTable | JudgedTable, packing: Packing) -> None:
         self.packing = packing
-        self._table = table
+        self.table = table
         self.lengths = self._sums(table.lengths)
         self.target_counts = self._sums(table.target_counts)
 
@@ -223,14 +225,19 @@ class PackedTable:
     @property
     def num_tokens(self) -> int:
         """Tokens of all rows."""
-        return self._table.num_tokens
+        return self.table.num_tokens
 
     def samples(self, index: int) -> list[Sample]:
         """The rows of a bin."""
+        return [self.table[row] for row in self.numbers(index)]
+
+    def numbers(self, index: int) -> list[int]:
+        """Which rows of the table a bin holds."""
         if not 0 <= index < len(self):
             raise IndexError(f"bin {index} of {len(self)}")
         first, last = self.packing.bounds[index : index + 2]
-        return [self._table[row] for row in self.packing.rows[first:last].tolist()]
+        found: list[int] = self.packing.rows[first:last].tolist()
+        return found
 
     def _sums(self, counts: np.ndarray) -> np.ndarray:
         starts = self.packing.bounds[:-1]

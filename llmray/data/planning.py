@@ -126,8 +126,9 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
     data, stage = arguments.data, OF_STAGE[arguments.finetuning.stage]
     loaded = tokenizer.load_tokenizer(model_dir, arguments.model)
     renderer = renderer_of(data, loaded, stage)
-    packed = data.cutoff_len if data.packs(stage) else None
-    block_len, bin_len = (packed, None) if stage == "pt" else (None, packed)
+    packs = data.packs(stage)
+    block_len = data.cutoff_len if packs and stage == "pt" else None
+    bin_len = _bin_len(data.cutoff_len, stage) if packs and stage != "pt" else None
     template = templates.find(data.template) if data.template else None
     if template is not None and renderer is not None:
         _warn_of_plain_text(data.template, template.end_of_turn, loaded)
@@ -192,6 +193,11 @@ def end_token(data: DataArguments, loaded: Any) -> int | None:
             "train_on_prompt: false, or name another template."
         )
     return int(loaded.eos_token_id)
+
+
+def _bin_len(cutoff_len: int, stage: str) -> int:
+    """Tokens of a bin: of two answers each may be as long as cutoff_len with their prompt."""
+    return 2 * cutoff_len if stage in ("rm", "dpo") else cutoff_len
 
 
 def _shards(job: Job, arguments: RunArguments) -> tuple[tuple[Shard, ...], dict[str, np.ndarray]]:

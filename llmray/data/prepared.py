@@ -251,13 +251,13 @@ def open(ref: PreparedRef | str | Path) -> Prepared:
     path = ref.path if isinstance(ref, PreparedRef) else str(ref)
     metadata = _metadata(path)
     opened = {name: _table(path, metadata, name) for name in metadata["tables"]}
-    tables: dict[str, Table] = {name: rows for name, rows in opened.items() if len(rows)}
+    tables: dict[str, Any] = {name: rows for name, rows in opened.items() if len(rows)}
     if metadata["inputs"]["stage"] == "kto":
         cutoff_len = metadata["inputs"]["cutoff_len"]
         tables = {name: JudgedTable(opened[name], cutoff_len, name) for name in tables}
     if "packing" in metadata:
         bins = packing.read(path, metadata["packing"]["bin_len"])
-        tables["train"] = PackedTable(opened["train"], bins)
+        tables["train"] = PackedTable(tables["train"], bins)
     return Prepared(path, tables.pop("train", opened["train"]), tables)
 
 

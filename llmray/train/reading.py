@@ -40,28 +40,38 @@ class Rows:
 
     def batch(self, indices: np.ndarray) -> Batch:
         """One micro-batch of these rows; no rows give one token without a target."""
-        made = replace(self._collate(self._samples(indices)), rows=tuple(indices.tolist()))
-        if self.reference is None or not len(indices):
-            return made
-        values = torch.from_numpy(self.reference[indices])  # (R, 2)
-        if made.mismatched is None:
-            return replace(made, reference=values.reshape(-1))
-        mismatched = replace(made.mismatched, reference=values[:, 1])
-        return replace(made, reference=values[:, 0], mismatched=mismatched)
+        return self._made(self._numbers(indices), self._samples(indices))
 
     def batches(self, indices: np.ndarray) -> list[Batch]:
         """One micro-batch of these rows; several, none larger than the bins, where it `splits`."""
         if not self.splits or not len(indices):
             return [self.batch(indices)]
-        samples = self._samples(indices)
+        numbers, samples = self._numbers(indices), self._samples(indices)
         lengths = [len(sample.input_ids) for sample in samples]
         max_cells = int(self.table.lengths[indices].max()) * len(indices)
         groups = split(lengths, max_cells)
-        return [self._collate([samples[i] for i in group]) for group in groups]
+        return [self._made(numbers[group], [samples[i] for i in group]) for group in groups]
 
     def empty(self) -> Batch:
         """One token without a target."""
-        return self._collate([])
+        return self._made(np.zeros(0, np.int64), [])
+
+    def _made(self, numbers: np.ndarray, samples: list[Sample]) -> Batch:
+        """One micro-batch of rows with these numbers, with what is known of the reference."""
+        made = replace(self._collate(samples), rows=tuple(numbers.tolist()))
+        if self.reference is None:
+            return made
+        values = torch.from_numpy(self.reference[numbers])  # (R, 2)
+        if made.mismatched is None:
+            return replace(made, reference=values.reshape(-1))
+        mismatched = replace(made.mismatched, reference=values[:, 1])
+        return replace(made, reference=values[:, 0], mismatched=mismatched)
+
+    def _numbers(self, indices: np.ndarray) -> np.ndarray:
+        """The rows of the table, or of these bins of it."""
+        if not isinstance(self.table, PackedTable):
+            return indices
+        return np.array([row for i in indices for row in self.table.numbers(int(i))], np.int64)
 
     def _samples(self, indices: np.ndarray) -> list[Sample]:
         return [sample for i in indices for sample in self.table.samples(int(i))]

@@ -247,7 +247,7 @@ def logps(engine: Engine, rows: Rows, per_device: int, ahead: Ahead) -> np.ndarr
     Raises:
         TrainingError: one is no number.
     """
-    world, count = engine.world, len(rows.table)
+    world, count = engine.world, rows.table.num_rows
     batches = Batches(
         rows.table.lengths, per_device, 1, world.world_size, world.rank, seed=0, order="sequential"
     )

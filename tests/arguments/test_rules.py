@@ -437,9 +437,9 @@ CASES = {
     "neat_packing_packs": [
         ({"neat_packing": True, "packing": False}, {"packing": None}, "packing=false")
     ],
-    "pairs_are_not_packed": [
-        ({"packing": True, "stage": stage}, {"packing": False}, f"packing=true with stage={stage}")
-        for stage in ("rm", "dpo", "kto", "ppo")
+    "prompts_are_not_packed": [
+        ({"packing": True, "stage": "ppo"}, {"packing": False}, "packing=true with stage=ppo"),
+        ({"neat_packing": True, "stage": "ppo"}, {"stage": "sft"}, "neat_packing=true with"),
     ],
     "settings_of_the_schedule": [
         (

@@ -18,12 +18,13 @@ from llmray.train.observers import read_log
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 LORA = {"finetuning_type": "lora", "lora_rank": 4, "learning_rate": 0.01}
+STEPS = {"max_steps": 6, "save_steps": 3, "gradient_accumulation_steps": 4}
 STAGES: dict[str, dict[str, Any]] = {
     # what it compares with is of the whole step, and the mean of rewards is learned
     "dpo": {**LORA, "pref_loss": "kto_pair", "pref_bco_weight": 0.5, "precompute_ref_logps": False},
     # the reference is asked once, by both workers, and given up
-    "kto": {"dataset": "judged", "pref_beta": 0.5, "max_steps": 5, "save_strategy": "no"},
-    "rm": {**LORA, "max_steps": 5, "save_strategy": "no"},
+    "kto": {"dataset": "judged", "pref_beta": 0.5, "max_steps": 3, "save_strategy": "no"},
+    "rm": {**LORA, "max_steps": 3, "save_strategy": "no"},
 }
 
 
@@ -47,11 +48,11 @@ def test_two_workers_equal_one_process_also_when_one_of_them_dies(
     """Of dpo a worker is killed: the reference and what the loss has learned are as before."""
     write_preferences(tmp_path, 48, 3)
     for stage, more in STAGES.items():
-        keys = {"stage": stage, "dataset": "pairs", "dataset_dir": str(tmp_path), **more}
+        keys = {"stage": stage, "dataset": "pairs", "dataset_dir": str(tmp_path), **STEPS, **more}
         run = launch(f"{stage}-together", address=ray_address, **keys)
         if stage == "dpo":
             pids = run.pids()
-            run.wait_for(r"step 5/12")
+            run.wait_for(r"step 4/6")
             os.kill(pids[1], signal.SIGKILL)
         assert run.finish() == 0, run.text
         assert ("attempt 2" in run.text) == (stage == "dpo")

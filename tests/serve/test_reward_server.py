@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import math
 import re
@@ -20,6 +21,7 @@ import httpx
 import pytest
 from tiny import build_model, make_model, make_tokenizer
 
+from llmray import scoring
 from llmray.arguments.loading import load
 from llmray.data.conversation import Conversation, Message
 from llmray.errors import ArgumentsError, ClusterError
@@ -34,12 +36,17 @@ LIMITS = Limits(body_bytes=20_000, body_seconds=0.5)
 
 
 @pytest.fixture(scope="module")
-def scorer(tmp_path_factory) -> Scorer:
+def keys(tmp_path_factory) -> dict:
+    """Those of a run file of a reward model."""
     directory = tmp_path_factory.mktemp("reward")
     make_tokenizer(directory)
     make_model(directory, amplify=3.0)
     value_head.write(value_head.create(build_model(), 0), directory)
-    keys = {"model_name_or_path": str(directory), "template": "chatml", "use_cpu": True}
+    return {"model_name_or_path": str(directory), "template": "chatml", "use_cpu": True}
+
+
+@pytest.fixture(scope="module")
+def scorer(keys) -> Scorer:
     return Scorer.load(load(keys, environ={}))
 
 
@@ -380,7 +387,8 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "reward.md"
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
-def test_the_documented_command_as_it_stands(url, scorer):
+def test_the_documented_command_as_it_stands(url, keys):
+    """It answers what `llmray score` says of the same text, and not what it says of another."""
     found = re.search(r"^    (curl .*?\\\n.*?)$", DOCUMENT.read_text(), re.MULTILINE)
     assert found is not None
     command = found[1]
@@ -389,4 +397,12 @@ def test_the_documented_command_as_it_stands(url, scorer):
     done = subprocess.run(["bash", "-c", f"{command} -sS"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
-    assert json.loads(done.stdout)["scores"] == pytest.approx(scorer.score([text]), abs=1e-4)
+    lines = "".join(json.dumps(line) + "\n" for line in (text, text.replace("Hello!", "No.")))
+    target = io.StringIO()
+    scored = scoring.score(
+        load(keys, environ={}), scoring.Options(lines="-"), source=io.StringIO(lines), target=target
+    )
+    assert scored == 0
+    same, other = (json.loads(line)["score"] for line in target.getvalue().splitlines())
+    assert json.loads(done.stdout)["scores"] == pytest.approx([same], abs=1e-4)
+    assert abs(same - other) > 1e-3

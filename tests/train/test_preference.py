@@ -5,8 +5,10 @@ One pair throughout: the policy gives the chosen answer -3 and the rejected one 
 2 tokens.
 """
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,8 +86,41 @@ def test_losses_by_worked_arithmetic(name: str) -> None:
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
+TRL = json.loads((Path(__file__).parent / "trl_losses.json").read_text())
+
+
+def made_up(name: str) -> torch.Tensor:
+    return torch.tensor(TRL[name], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", TRL["pairs"])
+def test_losses_equal_those_of_trl(name: str) -> None:
+    """On six pairs; by `benchmarks/trl_losses.py`. Of kto_pair it has none any more."""
+    keys, expected = TRL["pairs"][name]["keys"], TRL["pairs"][name]["losses"]
+    options = RlhfArguments(**{"pref_loss": name, "pref_beta": TRL["beta"], **keys})
+    policy, reference, lengths = made_up("policy"), made_up("reference"), made_up("lengths")
+    pairs = Pairs(*policy, *lengths, *reference)
+    losses = PREFERENCE_LOSSES[options.pref_loss](pairs, options, PairStatistics())
+    assert losses.tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_kto_equals_that_of_trl() -> None:
+    """Of the answers of the pairs one is wanted; the divergence is that of six others."""
+    found = TRL["kto"]
+    options = RlhfArguments(pref_beta=TRL["beta"], **found["keys"])
+    ratios = (made_up("policy") - made_up("reference")).flatten()
+    policy, reference = torch.tensor(found["others"], dtype=torch.float64)
+    kl = Judged(options).informed([(policy - reference).sum().item(), 6, 6], learns=True).kl
+    assert kl == pytest.approx(found["kl"], rel=1e-9)
+    wanted = torch.arange(12) < 6
+    assert kto_losses(ratios, wanted, kl, options).tolist() == pytest.approx(
+        found["losses"], rel=1e-9
+    )
+
+
 def test_all_losses_are_worked() -> None:
     assert set(PREFERENCE_LOSSES) == set(EXPECTED) - {"smoothed"}
+    assert set(PREFERENCE_LOSSES) == {*TRL["pairs"], "kto_pair"} - {"smoothed"}
 
 
 def test_binary_classifier_loss() -> None:

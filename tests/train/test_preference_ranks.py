@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from preference_on_ranks import train_all
+from preference_on_ranks import train, train_together
 from preference_rows import write_preferences
 from ranks import on_ranks
 from safetensors.torch import load_file
 from tiny import make_model, make_tokenizer
 
 from llmray.train.observers import read_log
+from llmray.train.parallel import World
 
 FULL = {"finetuning_type": "full", "learning_rate": 0.001}
 ROWS: dict[str, dict[str, Any]] = {
@@ -68,13 +69,20 @@ def runs(root: Path, ranks: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One pair of processes trains all rows, alone and together."""
+    """One pair of processes trains all rows; this one trains each alone meanwhile."""
     root = tmp_path_factory.mktemp("ranks")
     write_preferences(root, 14, 4)
     make_tokenizer(root / "model")
     make_model(root / "model", hidden_size=64)  # 4-bit rows are whole blocks
-    on_ranks(train_all, (root, runs(root, 1), runs(root, 2)))
+    with on_ranks(train_together, (root / "prepared-together", runs(root, 2))):
+        for keys in runs(root, 1):
+            train(keys, root / "prepared", World.single(torch.device("cpu")))
     return root
+
+
+def learned(output: Path) -> dict[str, torch.Tensor]:
+    """The weights of all files, a value head's too."""
+    return {k: v for path in output.glob("*.safetensors") for k, v in load_file(path).items()}
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -88,7 +96,8 @@ def test_two_ranks_equal_one(root: Path, name: str) -> None:
                 # the loss of ipo is 25, its sums follow
                 assert together[key] == pytest.approx(alone[key], abs=2e-5, rel=2e-5), key
     assert any("eval_loss" in record for record in logs[0])
-    file = "model.safetensors" if ROWS[name] is FULL else "adapter_model.safetensors"
-    weights = [load_file(root / f"{name}-{ranks}" / file) for ranks in (1, 2)]
+    weights = [learned(root / f"{name}-{ranks}") for ranks in (1, 2)]
+    assert len(weights[0]) > 2
+    assert weights[0].keys() == weights[1].keys()
     for key, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][key], tensor, atol=2e-5, rtol=0)

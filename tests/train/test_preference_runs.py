@@ -267,3 +267,45 @@ def test_other_identities_are_refused(site: Site) -> None:
     again = {"save_strategy": "steps", "output_dir": str(first), "resume_from_checkpoint": True}
     with pytest.raises(CheckpointError, match="reference"):
         site.run(**again, max_steps=6, ref_model=str(site.root / "other"))
+
+
+@pytest.mark.parametrize("arch", ["llama", "lfm2"])
+@pytest.mark.parametrize("stage", ["dpo", "kto", "rm"])
+def test_packed_rows_give_the_losses_of_rows_apart(
+    site: Site, tmp_path: Path, stage: str, arch: str
+) -> None:
+    """A step takes all rows, or all bins; the second model pads the rows of its bins."""
+    model = site.root / "model"
+    if arch != "llama":
+        model = tmp_path / arch
+        make_tokenizer(model)
+        make_model(model, arch)
+    keys: dict[str, Any] = {"stage": stage, "model_name_or_path": str(model), "max_steps": 3}
+    keys |= {"per_device_train_batch_size": 40, "disable_shuffling": True, "cutoff_len": 128}
+    more: list[dict[str, Any]] = [{}]
+    if stage == "dpo":
+        keys["pref_loss"] = "kto_pair"  # reads something of the whole step
+        more = [{"precompute_ref_logps": False}, {"precompute_ref_logps": True}]
+    for one in more:
+        plain, packed = (site.log(**keys, **one, packing=packs) for packs in (False, True))
+        assert len(plain) == len(packed) == 3
+        for ours, theirs in zip(packed, plain, strict=True):
+            names = {name for name in theirs if name == "loss" or "/" in name or "margin" in name}
+            names.discard("rewards/accuracies")  # at first pairs are even but for rounding
+            assert len(names) > 1
+            for name in names:
+                assert ours[name] == pytest.approx(theirs[name], abs=2e-5), name
+    table = site.assemble(**keys, packing=True, fp32=True).train.rows.table
+    assert 1 < len(table) < table.num_rows
+
+
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_steps_with_fewer_rows_than_micro_batches_know_their_reference(
+    site: Site, stage: str
+) -> None:
+    """14 pairs, 16 answers: of the second step's micro-batches the last have no row."""
+    keys = {"stage": stage, "per_device_train_batch_size": 4 if stage == "dpo" else 5}
+    keys |= {"gradient_accumulation_steps": 3, "max_steps": 2, "disable_shuffling": True}
+    logs = [site.log(**keys, precompute_ref_logps=wish) for wish in (True, False)]
+    for known, asked in zip(*logs, strict=True):
+        assert known["loss"] == pytest.approx(asked["loss"], abs=1e-5)

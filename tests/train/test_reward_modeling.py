@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,6 +76,15 @@ def test_the_loss_by_hand():
     found.loss.backward()
     expected = [-0.2689414, 0.2689414, -0.9525741, 0.9525741, -0.5, 0.5]
     assert scores.grad.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_loss_equals_that_of_trl():
+    """Six pairs; by `benchmarks/trl_losses.py`."""
+    known = json.loads((Path(__file__).parent / "trl_losses.json").read_text())
+    rewards = torch.tensor(known["policy"], dtype=torch.float64).T.flatten()
+    for at, expected in enumerate(known["rewards"]):
+        pair = TokenOutput(torch.zeros(0), scores=rewards[2 * at : 2 * at + 2])
+        assert RewardModeling()(pair, batch(1)).loss.item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_rewards_far_apart_give_finite_losses():
