@@ -96,10 +96,9 @@ class DataArguments(Group):
     )
     packing: bool | None = Field(
         None,
-        description="Stage pt: lay texts into full rows. Other stages: put rows together into bins "
-        "of up to cutoff_len tokens (twice as many for pairs of answers), which "
-        "per_device_train_batch_size counts; they do not see each other. Not given: true for "
-        "stage pt, else false.",
+        description="Stage pt: lay texts into full rows. Others: put rows together into bins of up "
+        "to cutoff_len tokens (pairs: twice that), which per_device_train_batch_size counts; they "
+        "do not see each other. Not given: true for stage pt, else false.",
     )
     neat_packing: bool = Field(
         False, description="The same as packing outside stage pt: rows never see each other."
