@@ -15,6 +15,7 @@ from typing import Any
 from llmray.arguments import environment
 from llmray.arguments.loading import replace
 from llmray.arguments.run import DEFAULTS, RunArguments
+from llmray.arguments.space import LISTS
 from llmray.errors import ArgumentsError
 
 log = getLogger("llmray")
@@ -107,11 +108,38 @@ def absolute(arguments: RunArguments, base: Path, sent: Path | None = None) -> R
         changed["resume_from_checkpoint"] = _absolute(flat["resume_from_checkpoint"], base)
     if arguments.ray_enabled:
         changed["ray_storage_path"] = _absolute(arguments.cluster.storage_path, base)
+    if flat["tune"]:
+        changed["tune"] = _searched(flat["tune"], starts)
     differing = {key: value for key, value in changed.items() if value != flat[key]}
     if not differing:
         return arguments
     log.info("relative paths start from %s", base)
     return replace(arguments, **differing)
+
+
+def _searched(section: Mapping[str, Any], starts: Sequence[Path]) -> dict[str, Any]:
+    """The section of a sweep with the places that it lists as absolute paths."""
+    found = dict(section)
+    if "search" in found:
+        found["search"] = {
+            key: {
+                kind: [_place(key, value, starts) for value in given] if kind in LISTS else given
+                for kind, given in distribution.items()
+            }
+            for key, distribution in found["search"].items()
+        }
+    if "variants" in found:
+        found["variants"] = [
+            {key: _place(key, value, starts) for key, value in variant.items()}
+            for variant in found["variants"]
+        ]
+    return found
+
+
+def _place(key: str, value: Any, starts: Sequence[Path]) -> Any:
+    if key in READ or key in PLACES_OR_NAMES:
+        return _each(value, starts, must_exist=key in PLACES_OR_NAMES)
+    return _each(value, starts[-1:], must_exist=False) if key in WRITTEN else value
 
 
 def _entries(sets: Mapping[str, Any], starts: Sequence[Path]) -> dict[str, Any]:

@@ -75,6 +75,7 @@ def broken(arguments: RunArguments, lay_over: LayOver) -> list[Problem]:
         return []
     return [
         *search_is_well_formed(arguments),
+        *trials_train(arguments),
         *searched_keys_exist(arguments),
         *ranges_fit_the_key(arguments),
         *searched_values_are_right(arguments, lay_over),
@@ -86,6 +87,15 @@ def broken(arguments: RunArguments, lay_over: LayOver) -> list[Problem]:
 def search_is_well_formed(arguments: RunArguments) -> Iterator[Problem]:
     """The section says what may be read."""
     yield from tune.resolve(arguments)[1]
+
+
+def trials_train(arguments: RunArguments) -> Iterator[Problem]:
+    """What does not train has nothing to compare."""
+    if not arguments.training.do_train:
+        yield Problem(
+            ("tune", "do_train"),
+            "tune: do_train=false, but every trial trains. Write do_train: true.",
+        )
 
 
 def searched_keys_exist(arguments: RunArguments) -> Iterator[Problem]:

@@ -1,0 +1,66 @@
+"""Where a scheduler compares trials of a run, and how many steps it leaves."""
+
+import pytest
+from sweeps import sweep
+
+from llmray.sweep.scheduling import Length, expected_steps, length_of, rungs, settings
+
+LENGTH = Length(total_steps=80, steps_per_epoch=40, eval_steps=5)
+RATES = {"learning_rate": {"loguniform": [1e-5, 1e-3]}}
+
+
+def scheduler(given):
+    return sweep({"search": RATES, "scheduler": given})[1].scheduler
+
+
+def test_halving_begins_at_the_first_evaluation_and_ends_with_the_run():
+    found = settings(scheduler("asha"), LENGTH)
+    assert (found["grace_period"], found["max_t"], found["reduction_factor"]) == (5, 80, 4)
+    assert rungs(found) == [5, 20]
+
+
+def test_what_is_given_stays():
+    found = settings(scheduler({"asha": {"grace_period": 10, "max_t": 40}}), LENGTH)
+    assert (found["grace_period"], found["max_t"]) == (10, 40)
+
+
+def test_epochs_are_counted_as_such():
+    found = settings(scheduler({"asha": {"time_attr": "epoch"}}), LENGTH)
+    assert (found["grace_period"], found["max_t"]) == (0.125, 2)
+
+
+def test_seconds_begin_at_one_and_have_no_end():
+    found = settings(scheduler({"asha": {"time_attr": "time_total_s"}}), LENGTH)
+    assert (found["grace_period"], found["max_t"]) == (1, 10**9)
+
+
+def test_other_schedulers_get_what_they_take():
+    assert settings(scheduler("none"), LENGTH) == {}
+    assert settings(scheduler("median"), LENGTH)["grace_period"] == 5
+    assert settings(scheduler("hyperband"), LENGTH)["max_t"] == 80
+    assert "grace_period" not in settings(scheduler("hyperband"), LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ("none", 16 * 80),
+        ("median", 16 * 80),
+        # 16 to 5, 4 to 20, 1 to 80
+        ("asha", 16 * 5 + 4 * 15 + 60),
+        ({"asha": {"time_attr": "epoch"}}, 16 * 5 + 4 * 15 + 60),
+        ({"asha": {"time_attr": "time_total_s"}}, 16 * 80),
+        ({"asha": {"grace_period": 80}}, 16 * 80),
+    ],
+)
+def test_halving_leaves_a_share_of_the_steps(given, steps):
+    assert expected_steps(scheduler(given), 16, LENGTH) == steps
+
+
+def test_the_length_of_a_run_follows_from_its_keys():
+    base, _ = sweep(max_steps=30)
+    assert length_of(base, 12) == Length(30, 12, 5)
+    base, _ = sweep(max_steps=-1, num_train_epochs=2, eval_steps=0.25)
+    assert length_of(base, 12) == Length(24, 12, 6)
+    base, _ = sweep(max_steps=-1, num_train_epochs=2, eval_strategy="epoch")
+    assert length_of(base, 12) == Length(24, 12, 12)
