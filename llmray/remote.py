@@ -74,8 +74,9 @@ def read(uri: str | Path) -> bytes:
 
 
 def write(uri: str | Path, content: bytes) -> None:
-    """Write a file; its directory is there."""
+    """Write a file; its directory is made where there is none."""
     system, path = filesystem(uri)
+    system.create_dir(path.rpartition("/")[0], recursive=True)
     with system.open_output_stream(path) as stream:
         stream.write(content)
 

@@ -163,8 +163,12 @@ def commit_remote(
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """Write a local file whole or not at all; an existing one is replaced."""
+    """Write a file, local or by URI, whole or not at all; an existing one is replaced."""
     data = content.encode() if isinstance(content, str) else content
+    if is_uri(path):
+        with explained(path):
+            remote.write(path, data)
+        return
     with replacing(path) as unfinished:
         unfinished.write_bytes(data)
 

@@ -797,7 +797,7 @@ def trainer(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> tuple[Any, ...
     driver = train_job._Driver(arguments, f"{site.root}/ray", signals, None, False)
     patch.setattr(train_job, "_Trainer", lambda loop, **given: given)
     placement = place(arguments.cluster, inventory)
-    given: Any = driver._trainer(placement, inventory, None, {})  # type: ignore[arg-type]
+    given: Any = driver._trainer(placement, None, {})  # type: ignore[arg-type]
     scaling, meeting = given["scaling_config"], given["torch_config"]
     return (
         scaling.num_workers,

@@ -357,7 +357,7 @@ def test_workers_of_ray_with_gpus_get_the_allocator(
     inventory = Inventory((Node("1", "10.0.0.1", resources),), resources)
     driver = train_job._Driver(arguments, "/runs/one", train_job.DriverSignals(), None, False)
     placement = place(arguments.cluster, inventory)
-    given = driver._trainer(placement, inventory, None, {"A": "1"})
+    given = driver._trainer(placement, None, {"A": "1"})
     variables = given["run_config"].worker_runtime_env["env_vars"]
     assert variables["A"] == "1"
     assert ("PYTORCH_CUDA_ALLOC_CONF" in variables) == seen

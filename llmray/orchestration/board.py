@@ -39,6 +39,8 @@ class Job:
     secrets: dict[str, str] = field(repr=False)
     core: Callable[..., Any] | None = field(repr=False)  # None: run.run
     log_level: int = logging.INFO
+    metric: str | None = None  # of a sweep: the driver judges every record that has it
+    group: str | None = None  # of a sweep: what its trials are called together in trackers
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Board:
         """Ask the workers to stop at a step border."""
         self._stop = self._stop or reason
 
-    def exchange(self, messages: list[Message]) -> str | None:
+    def exchange(self, messages: list[Message]) -> Any:
         """Take rank 0's messages; returns why it shall stop, or None."""
         self._messages += messages
         return self._stop
@@ -130,7 +132,8 @@ class Relay(Observer):
         self._queue: list[Message] = []
         self._lock = threading.Lock()
         self._reason: str | None = None
-        self._ended = threading.Event()
+        self._is_ended = False
+        self._wakes = threading.Event()
         self._handler = _QueueHandler(self._put)
         self._handler.setLevel(log_level)
         logger = logging.getLogger("llmray")
@@ -162,7 +165,8 @@ class Relay(Observer):
 
     def close(self) -> None:
         """Send what is left and end the background thread."""
-        self._ended.set()
+        self._is_ended = True
+        self.wake()
         self._thread.join(timeout=10)
         logging.getLogger("llmray").removeHandler(self._handler)
 
@@ -170,14 +174,28 @@ class Relay(Observer):
         with self._lock:
             self._queue.append(message)
 
+    def wake(self) -> None:
+        """Exchange without waiting for the next turn."""
+        self._wakes.set()
+
+    def take(self, answer: Any) -> None:
+        """What the board answered to an exchange."""
+        self._reason = answer
+
+    def pause_s(self) -> float:
+        """How long to wait before the next exchange."""
+        return EXCHANGE_EVERY_S
+
     def _run(self) -> None:
         is_last = False
         while not is_last:
-            is_last = self._ended.wait(EXCHANGE_EVERY_S)
+            self._wakes.wait(self.pause_s())
+            self._wakes.clear()
+            is_last = self._is_ended
             with self._lock:
                 messages, self._queue = self._queue, []
             with suppress(RayError):  # the driver is gone: Ray ends this worker too
-                self._reason = ray.get(self._board.exchange.remote(messages))
+                self.take(ray.get(self._board.exchange.remote(messages)))
 
 
 class _QueueHandler(logging.Handler):

@@ -92,6 +92,23 @@ def capacity(node: Node, resources: Mapping[str, float]) -> int:
     )
 
 
+def groups_at_once(placement: Placement, inventory: Inventory) -> int:
+    """How many groups of workers with one placement fit on a cluster that is otherwise empty."""
+    num_workers = placement.num_workers
+    if inventory.limits is not None:
+        amounts = placement.resources.items()
+        most = [int((inventory.limits.get(k, 0.0) + EPSILON) // v) for k, v in amounts]
+        return min(most) // num_workers
+    fitting = [capacity(node, placement.resources) for node in inventory.nodes]
+    if placement.strategy == "STRICT_PACK":
+        return sum(number // num_workers for number in fitting)
+    count = sum(fitting) // num_workers
+    if placement.strategy == "STRICT_SPREAD":  # each group takes one place of so many nodes
+        while sum(min(number, count) for number in fitting) < count * num_workers:
+            count -= 1
+    return count
+
+
 def _has_gpus(inventory: Inventory) -> bool:
     return inventory.total("GPU") > 0 or (inventory.limits or {}).get("GPU", 0) > 0
 

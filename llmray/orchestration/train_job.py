@@ -35,7 +35,7 @@ from llmray.orchestration import board as boards
 from llmray.orchestration import cluster, prepare_job, worker
 from llmray.orchestration.failures import FailureRule, describe
 from llmray.orchestration.meeting import MeetingConfig
-from llmray.orchestration.plan import Inventory, Node, Placement, capacity, place
+from llmray.orchestration.plan import Node, Placement, capacity, place
 from llmray.stop_signals import EXIT_CODES, StopSignals
 from llmray.train import checkpoint
 from llmray.train.observers import Console, Observer
@@ -96,7 +96,7 @@ def prepare(arguments: RunArguments) -> PreparedRef | int:
             log.info("%s", joined)
             nodes = list(cluster.inventory().nodes)
             here = ray.get_runtime_context().get_node_id()
-            tasks_see = _tasks_environment(joined.is_ours)
+            tasks_see = tasks_environment(joined.is_ours)
             with signals.interrupting():
                 ref = prepare_job.prepare(arguments, nodes, here, tasks_see)
         assert isinstance(ref, PreparedRef), "streams are not prepared"
@@ -108,7 +108,7 @@ def prepare(arguments: RunArguments) -> PreparedRef | int:
         ray.shutdown()
 
 
-def _tasks_environment(is_ours: bool) -> prepare_job.Environment:
+def tasks_environment(is_ours: bool) -> prepare_job.Environment:
     """What tasks get of this process's environment; in a cluster of its own they have it."""
     return prepare_job.Environment(
         *(({}, {}) if is_ours else cluster.split_environment(os.environ))
@@ -186,14 +186,74 @@ class _Trainer(TorchTrainer):
         return [c for c in super()._create_default_callbacks() if not isinstance(c, unused)]
 
 
-class _TellsController(ControllerCallback):
-    # Ray Train keeps the handle of its controller to itself
+class TellsController(ControllerCallback):
+    """Gives a board the handle of Ray Train's controller, which keeps it to itself."""
 
     def __init__(self, board: ActorHandle) -> None:
         self.board = board
 
     def after_controller_start(self, train_run_context: Any) -> None:
+        """Called by Ray Train in the controller."""
         ray.get(self.board.keep_controller.remote(ray.get_runtime_context().current_actor))
+
+
+def make_trainer(
+    loop: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    arguments: RunArguments,
+    run_dir: str,
+    placement: Placement,
+    env_vars: dict[str, str],
+    *,
+    max_failures: int,
+    callbacks: list[Any],
+) -> TorchTrainer:
+    """Ray Train's trainer of a group of workers, not yet started.
+
+    Args:
+        loop: what each worker calls with `config`.
+        config: see `loop`.
+        arguments: say how workers meet, and for how long they wait for each other.
+        run_dir: where Ray Train keeps its own file.
+        placement: of the workers.
+        env_vars: of the workers.
+        max_failures: after which Ray Train starts the group anew.
+        callbacks: of Ray Train.
+    """
+    import torch
+
+    os.environ.setdefault(HEALTH_CHECK_ENV, str(HEALTH_CHECK_S))
+    if placement.uses_gpu:
+        env_vars = {**environment.allocator(os.environ), **env_vars}
+    storage, _, name = run_dir.rpartition("/")
+    level = "INFO" if environment.debug(os.environ) else "CRITICAL"
+    kind = "cuda" if placement.uses_gpu and not _shares_a_gpu(placement) else "cpu"
+    return _Trainer(
+        loop,
+        train_loop_config=config,
+        torch_config=MeetingConfig(
+            backend=backend(torch.device(kind)),
+            timeout_s=int(arguments.training.ddp_timeout),
+            master_addr=arguments.cluster.master_addr,
+            master_port=arguments.cluster.master_port,
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=placement.num_workers,
+            use_gpu=placement.uses_gpu,
+            resources_per_worker=placement.resources,
+            placement_strategy=placement.strategy,
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage,
+            failure_config=FailureConfig(
+                max_failures=max_failures, controller_failure_limit=MAX_START_FAILURES
+            ),
+            callbacks=callbacks,
+            worker_runtime_env={"env_vars": env_vars},
+            logging_config=LoggingConfig(level),
+        ),
+    )
 
 
 @dataclass
@@ -217,8 +277,8 @@ class _Driver:
         nodes = [n for n in inventory.nodes if capacity(n, placement.resources)]
         nodes = nodes or list(inventory.nodes)
         here = ray.get_runtime_context().get_node_id()
-        self._check([node for node in nodes if node.node_id != here])
-        tasks_see = _tasks_environment(self.is_ours)
+        check_nodes(arguments, self.run_dir, [node for node in nodes if node.node_id != here])
+        tasks_see = tasks_environment(self.is_ours)
         with self.signals.interrupting():
             prepared = prepare_job.prepare(arguments, nodes, here, tasks_see)
         self._clear_run_dir()
@@ -234,24 +294,15 @@ class _Driver:
         )
         board = boards.create()
         ray.get(board.give.remote(job))
-        self._fit(self._trainer(placement, inventory, board, dict(tasks_see.open_vars)), board)
-        self._leave_files()
+        self._fit(self._trainer(placement, board, dict(tasks_see.open_vars)), board)
+        output_dir = str(arguments.training.output_dir)
+        if leave_files(self.run_dir, output_dir):
+            log.info("results are in %s, checkpoints in %s", output_dir, self.run_dir)
         stopped: str | None = ray.get(board.outcome.remote())
         if stopped is not None:
             log.info("stopped by %s, saved in %s", stopped, self.run_dir)
             return EXIT_CODES[stopped]
         return 0
-
-    def _check(self, nodes: list[Node]) -> None:
-        """Compare the other nodes with this process, before anything is loaded."""
-        cluster.check_versions(nodes)
-        storage = store.parent(self.run_dir)
-        cluster.check_visible(nodes, storage, "ray_storage_path")
-        model = self.arguments.model
-        for key in ("model_name_or_path", "adapter_name_or_path", "new_special_tokens_config"):
-            value = getattr(model, key)
-            for path in [value] if isinstance(value, str) else value or []:
-                cluster.check_exists(nodes, path, key)
 
     def _clear_run_dir(self) -> None:
         training = self.arguments.training
@@ -264,44 +315,19 @@ class _Driver:
     def _trainer(
         self,
         placement: Placement,
-        inventory: Inventory,
         board: ActorHandle,
         env_vars: dict[str, str],
     ) -> TorchTrainer:
-        import torch
-
-        os.environ.setdefault(HEALTH_CHECK_ENV, str(HEALTH_CHECK_S))
-        if placement.uses_gpu:
-            env_vars = {**environment.allocator(os.environ), **env_vars}
-        storage, _, name = self.run_dir.rpartition("/")
         failures = self.arguments.cluster.ray_max_failures
-        level = "INFO" if environment.debug(os.environ) else "CRITICAL"
-        kind = "cuda" if placement.uses_gpu and not _shares_a_gpu(placement) else "cpu"
-        return _Trainer(
+        return make_trainer(
             worker.train_loop,
-            train_loop_config={"board": board},
-            torch_config=MeetingConfig(
-                backend=backend(torch.device(kind)),
-                timeout_s=int(self.arguments.training.ddp_timeout),
-                master_addr=self.arguments.cluster.master_addr,
-                master_port=self.arguments.cluster.master_port,
-            ),
-            scaling_config=ScalingConfig(
-                num_workers=placement.num_workers,
-                use_gpu=placement.uses_gpu,
-                resources_per_worker=placement.resources,
-                placement_strategy=placement.strategy,
-            ),
-            run_config=RunConfig(
-                name=name,
-                storage_path=storage,
-                failure_config=FailureConfig(
-                    max_failures=failures, controller_failure_limit=MAX_START_FAILURES
-                ),
-                callbacks=[FailureRule(board, failures), _TellsController(board)],
-                worker_runtime_env={"env_vars": env_vars},
-                logging_config=LoggingConfig(level),
-            ),
+            {"board": board},
+            self.arguments,
+            self.run_dir,
+            placement,
+            env_vars,
+            max_failures=failures,
+            callbacks=[FailureRule(board, failures), TellsController(board)],
         )
 
     def _fit(self, trainer: TorchTrainer, board: ActorHandle) -> None:
@@ -373,14 +399,28 @@ class _Driver:
             return told
         return error
 
-    def _leave_files(self) -> None:
-        """Copy the final files, checkpoints excepted, from the run directory to output_dir."""
-        output_dir = str(self.arguments.training.output_dir)
-        if os.path.abspath(output_dir) == self.run_dir:
-            return
-        names = [name for name in store.list_files(self.run_dir) if _is_final(name)]
-        store.fetch(self.run_dir, names, output_dir)
-        log.info("results are in %s, checkpoints in %s", output_dir, self.run_dir)
+
+def check_nodes(arguments: RunArguments, run_dir: str, nodes: list[Node]) -> None:
+    """Compare the other nodes with this process, before anything is loaded.
+
+    Raises:
+        ClusterError: their versions differ, or they do not see what the run names.
+    """
+    cluster.check_versions(nodes)
+    cluster.check_visible(nodes, store.parent(run_dir), "ray_storage_path")
+    for key in ("model_name_or_path", "adapter_name_or_path", "new_special_tokens_config"):
+        value = getattr(arguments.model, key)
+        for path in [value] if isinstance(value, str) else value or []:
+            cluster.check_exists(nodes, path, key)
+
+
+def leave_files(run_dir: str, output_dir: str) -> bool:
+    """Copy the final files, checkpoints excepted, to output_dir; whether that is another place."""
+    if os.path.abspath(output_dir) == run_dir:
+        return False
+    names = [name for name in store.list_files(run_dir) if _is_final(name)]
+    store.fetch(run_dir, names, output_dir)
+    return True
 
 
 def _shares_a_gpu(placement: Placement) -> bool:

@@ -6,6 +6,7 @@ Ray's own checkpoint is never read.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.actor import ActorHandle
 from ray.train import CheckpointUploadMode
 
 from llmray import downloads, hub
@@ -24,6 +26,7 @@ from llmray.data import access
 from llmray.errors import LlmrayError
 from llmray.orchestration import prepare_job
 from llmray.orchestration.board import Job, Relay
+from llmray.orchestration.trial_board import CLOSED, TrialRelay, wait_for_offer
 from llmray.train import checkpoint
 from llmray.train.parallel import World
 
@@ -35,13 +38,40 @@ log = logging.getLogger("llmray")
 
 def train_loop(config: dict[str, Any]) -> None:
     """Train on this rank; the function that TorchTrainer runs."""
-    from llmray import run  # heavy, and the driver imports this module to name the function
-
     board = config["board"]
     job: Job = ray.get(board.job.remote())
+    _train(board, job, _world(job.threads, uses_gpu=job.uses_gpu))
+
+
+def train_trials(config: dict[str, Any]) -> None:
+    """Train one trial after another on this rank, as the board of a slot gives them."""
+    from llmray import run  # noqa: F401  # imported before a trial is asked for, and then kept
+
+    board = config["board"]
+    world = _world(config["threads"], uses_gpu=config["uses_gpu"])
+    while True:
+        number = world.broadcast(wait_for_offer(board) if world.is_main else 0)
+        if number == CLOSED:
+            return
+        job: Job = ray.get(board.job.remote())
+        try:
+            _train(board, job, world)
+        except LlmrayError:
+            if world.world_size > 1:
+                raise  # other ranks may wait for this one in a collective call
+        gc.collect()  # models refer to themselves
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if world.is_main:
+            ray.get(board.is_over.remote(number))
+
+
+def _train(board: ActorHandle, job: Job, world: World) -> None:
+    """Do the board's job on this rank; what goes wrong for the user's reasons is told there."""
+    from llmray import run  # heavy, and the driver imports this module to name the function
+
     os.environ.update(job.secrets)
-    world = _world(job)
-    relay = Relay(board, job.log_level) if world.is_main else None
+    relay = _relay(board, job) if world.is_main else None
     if relay is None:
         _be_silent()
     try:
@@ -59,7 +89,7 @@ def train_loop(config: dict[str, Any]) -> None:
                 model_dir=_model_dir(arguments),
                 stop=relay.reason if relay else lambda: None,
                 observers=(relay,) if relay else (),
-                report=_reporter(world),
+                report=_reporter(world) if job.metric is None else None,
                 attempt=attempt,
             )
             result = (job.core or run.run)(arguments, context)
@@ -71,6 +101,12 @@ def train_loop(config: dict[str, Any]) -> None:
     finally:
         if relay is not None:
             relay.close()
+
+
+def _relay(board: ActorHandle, job: Job) -> Relay:
+    if job.metric is None:
+        return Relay(board, job.log_level)
+    return TrialRelay(board, job.log_level, job.metric)
 
 
 def arguments_of_attempt(arguments: RunArguments, run_dir: str, attempt: int) -> RunArguments:
@@ -94,12 +130,12 @@ def describe_ranks(where: list[tuple[str, int]]) -> str:
     return "; ".join(f"{', '.join(ranks)} on {address}" for address, ranks in nodes.items())
 
 
-def _world(job: Job) -> World:
+def _world(threads: float | None, *, uses_gpu: bool) -> World:
     context = ray.train.get_context()
-    device = ray.train.torch.get_device() if job.uses_gpu else torch.device("cpu")
+    device = ray.train.torch.get_device() if uses_gpu else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    cores = job.threads or (os.cpu_count() or 1) / context.get_local_world_size()
+    cores = threads or (os.cpu_count() or 1) / context.get_local_world_size()
     torch.set_num_threads(max(1, int(cores)))
     return World(
         context.get_world_rank(), context.get_world_size(), context.get_local_rank(), device

@@ -1,0 +1,193 @@
+"""The ledger of a sweep: what each trial is and how far it came, in a file of its run directory.
+
+Written at every change, whole or not at all: a sweep whose driver died goes on from these files and
+repeats no trial that had ended. What the sweep itself is lies beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from logging import getLogger
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmray import store
+from llmray.errors import CheckpointError, StoreError
+from llmray.orchestration.verdicts import Report
+from llmray.train import checkpoint
+from llmray.train.observers import LOG_NAME, records_of
+
+if TYPE_CHECKING:
+    from llmray.arguments.run import RunArguments
+
+log = getLogger("llmray")
+
+NAME = "trial.json"
+SWEEP_NAME = "sweep.json"
+TRIAL = re.compile(r"trial_\d+")
+VERSION = 1
+# what may be another when a sweep goes on
+MAY_CHANGE = (
+    "tune",
+    "overwrite_output_dir",
+    "ray_max_failures",
+    "ray_init_kwargs",
+    "disable_tqdm",
+    "report_to",
+)
+MAY_CHANGE_IN_TUNE = ("num_samples", "max_concurrent", "time_budget_s")
+
+State = Literal["pending", "running", "paused", "done", "stopped", "failed"]
+OVER: tuple[State, ...] = ("done", "stopped", "failed")
+
+
+@dataclass
+class Entry:
+    """A trial: its values, its state, and what it reported; the driver alone changes it."""
+
+    number: int  # from 1
+    name: str
+    values: dict[str, Any]
+    run_dir: str
+    state: State = "pending"
+    step: int = 0
+    total_steps: int = 0
+    reports: list[Report] = field(default_factory=list)
+    orders: list[int] = field(default_factory=list)  # of each report among those of all trials
+    metric: float | None = None  # at its end, or as reported last
+    seconds: float = 0.0  # in workers, over all attempts
+    attempts: int = 0
+    failures: int = 0  # how often its workers were lost
+    cause: str | None = None  # why it stopped early or failed
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is to be done for it."""
+        return self.state in OVER
+
+    def forget_after(self, step: int) -> None:
+        """Drop the reports of updates after `step`, which will come again."""
+        kept = [number for number, report in enumerate(self.reports) if report.step <= step]
+        self.reports = [self.reports[number] for number in kept]
+        self.orders = [self.orders[number] for number in kept]
+        self.step = step
+
+    def write(self) -> None:
+        """Keep it in the trial's run directory.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        content = {"version": VERSION, **asdict(self)}
+        store.write_atomic(store.join(self.run_dir, NAME), json.dumps(content) + "\n")
+
+
+def read(run_dir: str) -> Entry | None:
+    """What is kept of the trial with that run directory; None where there is nothing.
+
+    Raises:
+        StoreError: it is damaged, or of another version.
+    """
+    path = store.join(run_dir, NAME)
+    try:
+        content = json.loads(store.read_bytes(path))
+        if content.pop("version") != VERSION:
+            raise ValueError("another version of llmray wrote it")
+        reports = [Report(**report) for report in content.pop("reports")]
+        return Entry(**content, reports=reports)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{path} cannot be read ({error}). What a sweep left is required to go on with it. "
+            "Write overwrite_output_dir: true to begin anew."
+        ) from error
+
+
+def begin(run_dir: str, arguments: RunArguments) -> None:
+    """Note what a new sweep is; what an earlier one left is moved aside where the run says so.
+
+    Raises:
+        CheckpointError: an earlier sweep lies there.
+    """
+    earlier = list(_kept(run_dir))
+    if earlier and not arguments.training.overwrite_output_dir:
+        over = sum(1 for entry in earlier if entry.is_over)
+        raise CheckpointError(
+            f"{run_dir} holds a sweep of {len(earlier)} trials, of which {over} are over. Write "
+            "resume=true behind the file to go on with it, overwrite_output_dir: true to begin "
+            "anew, or another output_dir."
+        )
+    for entry in earlier:
+        checkpoint.aside(entry.run_dir)
+        store.remove_file(store.join(entry.run_dir, NAME))
+    store.write_atomic(store.join(run_dir, SWEEP_NAME), json.dumps(_described(arguments)) + "\n")
+
+
+def resume(run_dir: str, arguments: RunArguments, metric: str) -> dict[str, Entry]:
+    """The trials that an earlier driver left, by name; those that failed or ran are to go on.
+
+    Raises:
+        CheckpointError: the sweep that lies there is another one.
+        StoreError: a file is damaged.
+    """
+    path = store.join(run_dir, SWEEP_NAME)
+    if not store.exists(path):
+        log.info("resume=true: %s holds no sweep, so that this is its beginning", run_dir)
+        begin(run_dir, arguments)
+        return {}
+    wrong = list(_differences(json.loads(store.read_bytes(path)), _described(arguments)))
+    if wrong:
+        raise CheckpointError(
+            f"{run_dir} holds another sweep: {'; '.join(wrong)}. To go on the same keys are "
+            "required: write them as they were, or choose another output_dir."
+        )
+    found = {entry.name: entry for entry in _kept(run_dir)}
+    for entry in found.values():
+        if entry.state == "failed":
+            entry.state, entry.cause, entry.failures = "pending", None, 0
+        elif entry.state == "running":
+            entry.state = "pending"
+            entry.attempts = max(1, entry.attempts)
+            _adopt(entry, metric)
+    over = sum(1 for entry in found.values() if entry.is_over)
+    log.info("going on with the sweep in %s: %d trials are over", run_dir, over)
+    return found
+
+
+def _adopt(entry: Entry, metric: str) -> None:
+    """Take note of an end that came after its driver's."""
+    try:
+        results = json.loads(store.read_bytes(store.join(entry.run_dir, "all_results.json")))
+        records = records_of(store.read_bytes(store.join(entry.run_dir, LOG_NAME)).decode())
+    except (FileNotFoundError, ValueError):
+        return
+    is_whole = bool(records) and records[-1]["current_steps"] >= records[-1]["total_steps"]
+    if is_whole and metric in results:
+        entry.state, entry.metric = "done", results[metric]
+        entry.step = entry.total_steps = records[-1]["total_steps"]
+        entry.write()
+
+
+def _kept(run_dir: str) -> Iterator[Entry]:
+    for name in store.list_names(run_dir):
+        entry = read(store.join(run_dir, name)) if TRIAL.fullmatch(name) else None
+        if entry is not None:
+            yield entry
+
+
+def _described(arguments: RunArguments) -> dict[str, Any]:
+    """What a sweep is: what must be the same when it goes on."""
+    flat = {key: value for key, value in arguments.flat().items() if key not in MAY_CHANGE}
+    section = arguments.tune.tune or {}
+    told = {key: value for key, value in section.items() if key not in MAY_CHANGE_IN_TUNE}
+    described: dict[str, Any] = json.loads(json.dumps({**flat, "tune": told}, default=str))
+    return described
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    for key in sorted(set(there) | set(here)):
+        if there.get(key) != here.get(key):
+            yield f"{key} {there.get(key)!r} there, {here.get(key)!r} here"

@@ -1,0 +1,314 @@
+"""A sweep on Ray, the driver's side: `llmray tune x.yaml`.
+
+Connects, makes data ready once for all trials that share it, lets warm groups of workers train one
+trial after another, and leaves table, best run file and plot. Trials are train jobs; the loop is
+`sweeping`.
+
+Ray Tune's schedulers judge, but its Tuner does not drive: a trial of a Tuner would start an actor,
+Ray Train's controller and its workers anew, each of which imports torch for as long as a short
+trial takes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from logging import getLevelName, getLogger
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from llmray import store
+from llmray.arguments.tune import Sweep, sweep_of
+from llmray.data.prepared import PreparedRef
+from llmray.errors import ClusterError
+from llmray.orchestration import cluster, ledger, prepare_job, train_job
+from llmray.orchestration.board import Job, Message
+from llmray.orchestration.ledger import Entry
+from llmray.orchestration.plan import Inventory, Placement, capacity, groups_at_once, place
+from llmray.orchestration.searching import Asked, Listed, Values
+from llmray.orchestration.slots import Slot
+from llmray.orchestration.sweeping import Plan, Shape, Sweeping, exit_code, is_warning
+from llmray.orchestration.train_job import DriverSignals, Stopped
+from llmray.stop_signals import EXIT_CODES
+from llmray.sweep.trials import Trial, run_of, sweep_directory, sweep_name, trials_of
+from llmray.train.observers import describe
+
+if TYPE_CHECKING:
+    from llmray.arguments.run import RunArguments
+
+log = getLogger("llmray")
+
+SLOTS = ".slots"  # in the sweep's run directory: Ray Train's own files
+TRIAL_LOG = "trial.log"
+# keys that change a process for good: trials that differ in one get processes of their own
+OF_PROCESS = ("enable_liger_kernel", "full_determinism", "ddp_timeout", "master_addr")
+
+
+def tune(
+    arguments: RunArguments, *, resumes: bool = False, core: Callable[..., Any] | None = None
+) -> int:
+    """Run a sweep; returns the exit code: 0, or that of the signal that stopped it.
+
+    Args:
+        arguments: the run with its section `tune`, paths absolute.
+        resumes: go on with what an earlier driver left, and repeat nothing that ended.
+        core: what each worker calls with (arguments, context) in place of `run.run`.
+
+    Raises:
+        LlmrayError: with one message for the user.
+    """
+    sweep = sweep_of(arguments)
+    joined = cluster.connect(arguments.cluster)
+    try:
+        with DriverSignals() as signals:
+            log.info("%s", joined)
+            if joined.is_ours:
+                os.environ.setdefault(train_job.PREEMPTION_ENV, "0")
+            driver = _Driver(arguments, sweep, signals, joined.is_ours, core)
+            return driver.run(resumes=resumes)
+    except Stopped as stop:
+        log.info("stopped by %s", stop.reason)
+        return EXIT_CODES[stop.reason]
+    finally:
+        ray.shutdown()
+
+
+@dataclass
+class _Driver:
+    arguments: RunArguments
+    sweep: Sweep
+    signals: DriverSignals
+    is_ours: bool
+    core: Callable[..., Any] | None
+    entries: dict[str, Entry] = field(default_factory=dict)
+    prepared: dict[str, Any] = field(default_factory=dict)  # by the arguments that decide them
+    said: set[str] = field(default_factory=set)  # warnings of trials
+
+    @cached_property
+    def run_dir(self) -> str:
+        """The sweep's directory on shared storage, in which those of trials lie."""
+        return store.join(self.arguments.cluster.storage_path, sweep_name(self.arguments))
+
+    @cached_property
+    def inventory(self) -> Inventory:
+        """What the cluster has."""
+        return cluster.inventory()
+
+    @cached_property
+    def environment(self) -> prepare_job.Environment:
+        """What tasks and workers get of this process's."""
+        return train_job.tasks_environment(self.is_ours)
+
+    def run(self, *, resumes: bool) -> int:
+        arguments, sweep = self.arguments, self.sweep
+        placement = self._placement(arguments)
+        for note in placement.notes:
+            log.info("%s", note)
+        at_once = self._at_once(placement)
+        nodes = self._nodes(placement)
+        here = ray.get_runtime_context().get_node_id()
+        others = [node for node in nodes if node.node_id != here]
+        train_job.check_nodes(arguments, self.run_dir, others)
+        self._open_ledger(resumes=resumes)
+        asks = sweep.searcher == "optuna"
+        searcher = Asked(sweep, self.entries.values()) if asks else Listed()
+        for entry in self.entries.values():  # all data before the first trial
+            if not entry.is_over:
+                self._data(run_of(arguments, _trial(entry)))
+        loop = Sweeping(
+            sweep=sweep,
+            entries=self.entries,
+            searcher=searcher,
+            plan_of=self._plan,
+            new_entry=self._new_entry,
+            open_slot=self._open_slot,
+            at_once=at_once,
+            max_failures=arguments.cluster.ray_max_failures,
+            signals=self.signals,
+            say=self._say,
+            settled=self._settled,
+            heard=self._heard,
+        )
+        try:
+            stopped = loop.run()
+        finally:
+            self._leave_outputs()
+        self._say_spent(loop)
+        self._require_one_success(stopped)
+        return exit_code(stopped)
+
+    def _open_ledger(self, *, resumes: bool) -> None:
+        """The trials that are known now, those of an earlier driver as it left them."""
+        if resumes:
+            self.entries |= ledger.resume(self.run_dir, self.arguments, self.sweep.metric)
+        else:
+            ledger.begin(self.run_dir, self.arguments)
+        listed = [] if self.sweep.searcher == "optuna" else trials_of(self.sweep)
+        for trial in listed:
+            if trial.name not in self.entries:
+                self.entries[trial.name] = self._entry(trial)
+        for entry in self.entries.values():
+            entry.write()
+
+    def _entry(self, trial: Trial) -> Entry:
+        run = run_of(self.arguments, trial)
+        return Entry(trial.number, trial.name, dict(trial.values), train_job.run_directory(run))
+
+    def _new_entry(self, values: Values) -> Entry:
+        return self._entry(Trial(len(self.entries) + 1, values))
+
+    def _placement(self, run: RunArguments) -> Placement:
+        """The placement of a trial's workers; on cores, max_concurrent trials share them."""
+        arguments, use_cpu = run.cluster, run.training.use_cpu
+        placement = place(arguments, self.inventory, use_cpu=use_cpu)
+        wished = self.sweep.max_concurrent or 1
+        if placement.uses_gpu or arguments.resources_per_worker is not None or wished == 1:
+            return placement
+        number = placement.num_workers * wished
+        try:
+            wide = arguments.model_copy(update={"ray_num_workers": number})
+            resources = place(wide, self.inventory, use_cpu=use_cpu).resources
+        except ClusterError:
+            resources = {"CPU": 1.0}
+        return place(
+            arguments.model_copy(update={"resources_per_worker": resources}), self.inventory
+        )
+
+    def _at_once(self, placement: Placement) -> int:
+        """How many trials train at a time."""
+        fit, wished = groups_at_once(placement, self.inventory), self.sweep.max_concurrent
+        if wished is not None and wished > fit:
+            log.info("max_concurrent=%d: the cluster holds %d trials at a time", wished, fit)
+        elif wished is None and fit == 1:
+            log.info(
+                "one trial at a time: each takes what the cluster has; smaller "
+                "resources_per_worker, or max_concurrent, let several run"
+            )
+        return max(1, min(fit, wished or fit))
+
+    def _nodes(self, placement: Placement) -> list[Any]:
+        """The nodes that can hold a worker."""
+        nodes = self.inventory.nodes
+        return [n for n in nodes if capacity(n, placement.resources)] or list(nodes)
+
+    def _data(self, run: RunArguments) -> Any:
+        """The run's prepared data, made by the first trial that asks for such."""
+        decides = {**run.data.model_dump(), **run.model.model_dump(), **run.rlhf.model_dump()}
+        words = [run.finetuning.stage, run.training.seed]
+        key = json.dumps([decides, words], sort_keys=True, default=str)
+        if key not in self.prepared:
+            here = ray.get_runtime_context().get_node_id()
+            nodes = self._nodes(self._placement(run))
+            with self.signals.interrupting():
+                found = prepare_job.prepare(run, nodes, here, self.environment)
+            self.prepared[key] = found
+        return self.prepared[key]
+
+    def _plan(self, entry: Entry) -> Plan:
+        run = run_of(self.arguments, _trial(entry))
+        placement = self._placement(run)
+        placement = Placement(placement.num_workers, placement.resources, placement.strategy)
+        flat = run.flat()
+        job = Job(
+            arguments=run,
+            run_dir=entry.run_dir,
+            prepared=self._data(run),
+            threads=placement.resources.get("CPU"),
+            uses_gpu=placement.uses_gpu,
+            secrets=dict(self.environment.secrets),
+            core=self.core,
+            log_level=log.getEffectiveLevel(),
+            metric=self.sweep.metric,
+            group=sweep_name(self.arguments),
+        )
+        return Plan(run, Shape(placement, tuple(flat[key] for key in OF_PROCESS)), job)
+
+    def _open_slot(self, number: int, plan: Plan) -> Slot:
+        slot = Slot(
+            number,
+            plan.run,
+            store.join(self.run_dir, SLOTS, f"slot_{number}"),
+            plan.shape.placement,
+            dict(self.environment.open_vars),
+        )
+        slot.start()
+        return slot
+
+    def _heard(self, entry: Entry, message: Message) -> None:
+        """Keep a trial's lines in its folder; its warnings are shown, each once."""
+        if message.kind == "log":
+            level, text = message.content
+            line = text if level <= 20 else f"{getLevelName(level).lower()}: {text}"
+            if is_warning(message) and text not in self.said:
+                self.said.add(text)
+                log.log(level, "%s: %s", entry.name, text)
+        elif message.kind == "record":
+            line = describe(message.content[0])
+        else:
+            return
+        path = Path(sweep_directory(self.arguments), entry.name, TRIAL_LOG)
+        with store.explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(line + "\n")
+
+    def _settled(self, entry: Entry) -> None:
+        """A trial is over: its files, and a line."""
+        output_dir = store.join(sweep_directory(self.arguments), entry.name)
+        if entry.state != "failed":
+            train_job.leave_files(entry.run_dir, output_dir)
+        if entry.metric is not None and entry.state != "failed":
+            said = f"{self.sweep.metric} {entry.metric:.6g}"
+            why = f" ({entry.cause})" if entry.cause else ""
+            log.info("%s %s: %s after step %d%s", entry.name, entry.state, said, entry.step, why)
+
+    def _say(self) -> None:
+        over = sum(1 for entry in self.entries.values() if entry.is_over)
+        log.info("%d of %d trials are over", over, len(self.entries))
+
+    def _leave_outputs(self) -> None:
+        pass
+
+    def _say_spent(self, loop: Sweeping) -> None:
+        """What the sweep took beside its trials, and what they shared."""
+        spent, refs = loop.spent, self.prepared.values()
+        sets = {ref.key for ref in refs}
+        rows = sum(ref.num_built for ref in refs if isinstance(ref, PreparedRef))
+        ran = sum(1 for entry in self.entries.values() if entry.attempts)
+        log.info(
+            "data: %d prepared set(s) for %d trials, %d rows tokenized for this",
+            len(sets),
+            ran,
+            rows,
+        )
+        if spent.starting and spent.busy:
+            log.info(
+                "workers: %d group(s), ready after %.1f s at most; %.1f s in trials, %.1f s "
+                "between them (%.1f %%)",
+                len(spent.starting),
+                max(spent.starting),
+                spent.busy,
+                spent.between,
+                100 * spent.between / spent.busy,
+            )
+
+    def _require_one_success(self, stopped: str | None) -> None:
+        """Raise where no trial came to anything, with the first cause."""
+        failed = [entry for entry in self.entries.values() if entry.state == "failed"]
+        came = any(entry.state in ("done", "stopped") for entry in self.entries.values())
+        if not failed or came or stopped in EXIT_CODES:
+            return
+        count = "All trials" if len(failed) == len(self.entries) else f"The first {len(failed)}"
+        raise ClusterError(
+            f"{count} failed, so that there is nothing to compare; {failed[0].name}: "
+            f"{failed[0].cause} Mend the cause, and go on with resume=true."
+        )
+
+
+def _trial(entry: Entry) -> Trial:
+    return Trial(entry.number, entry.values)
