@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from llmray import __version__
 from llmray.errors import ArgumentsError, LlmrayError
 from llmray.usage import (
     CHAT_HELP,
@@ -27,12 +26,15 @@ from llmray.usage import (
     RUN_FILE_HELP,
     SCORE_HELP,
     SERVER_HELP,
+    TUNE_HELP,
 )
 
 if TYPE_CHECKING:
     from llmray.arguments.run import RunArguments
 
 log = logging.getLogger("llmray")
+
+RESUME = ("resume=true", "resume=false")  # of a sweep, and no key of a run
 
 
 class Command(NamedTuple):
@@ -105,6 +107,11 @@ def train(words: list[str]) -> int:
     """Train or evaluate as the run file says: on Ray, under torchrun, or in this process."""
     _speak()
     arguments = _with_absolute_paths(_load(words))
+    if arguments.tune.tune:
+        raise ArgumentsError(
+            "the run file has a section tune, and `llmray train` trains once. Sweep with `llmray "
+            "tune`, or write tune=null behind the file."
+        )
     asked = arguments.training
     if not (asked.do_train or asked.do_eval or asked.do_predict):
         raise ArgumentsError(
@@ -128,11 +135,27 @@ def train(words: list[str]) -> int:
     return local.train(arguments)
 
 
+def tune(words: list[str]) -> int:
+    """Run a sweep: trials of the run file that differ in the keys of its section `tune`."""
+    _speak()
+    resumes = "resume=true" in words
+    arguments = _with_absolute_paths(_load([w for w in words if w not in RESUME]))
+    _say_grace()
+    from llmray.train import trackers
+
+    trackers.check(arguments, os.environ)
+    from llmray.orchestration import tune_job
+
+    return tune_job.tune(arguments, resumes=resumes)
+
+
 def prepare(words: list[str]) -> int:
     """Build the run's prepared data and say what it holds; or list and remove what is kept."""
     _speak()
     if words and words[0] in ("--list", "--remove"):
-        return _manage_store(words[0], words[1:])
+        from llmray import preparation
+
+        return preparation.manage(words[0], words[1:])
     arguments = _with_absolute_paths(_load(words))
     if arguments.data.streaming:
         raise ArgumentsError(
@@ -153,20 +176,6 @@ def prepare(words: list[str]) -> int:
     else:
         ref = preparation.prepare(arguments)
     print(preparation.report(ref, perf_counter() - started))
-    return 0
-
-
-def _manage_store(action: str, keys: list[str]) -> int:
-    from llmray import preparation
-
-    if action == "--list" and keys:
-        raise ArgumentsError(f"--list takes no words, found {keys[0]!r}. Leave it out.")
-    if action == "--remove" and not keys:
-        raise ArgumentsError("--remove needs keys. `llmray prepare --list` shows them.")
-    if action == "--list":
-        print(preparation.table(preparation.kept()))
-    for gone in preparation.remove(keys) if keys else ():
-        print(f"removed {gone.key}, {gone.rows} rows")
     return 0
 
 
@@ -295,16 +304,9 @@ def version(words: list[str]) -> int:
     """Print the versions that decide what a run does."""
     if words:
         raise ArgumentsError(f"llmray version takes no words, found {words[0]!r}. Leave it out.")
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
+    from llmray import installed
 
-    print(f"llmray {__version__}")
-    print(f"python {sys.version.split()[0]}")
-    for package in ("torch", "transformers", "peft", "ray", "datasets", "bitsandbytes"):
-        try:
-            print(f"{package} {installed(package)}")
-        except PackageNotFoundError:
-            print(f"{package} is not installed")
+    print(installed.versions())
     return 0
 
 
@@ -320,6 +322,12 @@ COMMANDS: dict[str, Command] = {
         "check [RUN.yaml] [key=value | --key value ...] [--explain KEY]",
         "say every problem of a run file at once; loads no model, opens no data",
         RUN_FILE_HELP + CHECK_HELP,
+    ),
+    "tune": Command(
+        tune,
+        "tune RUN.yaml [key=value | --key value ...] [resume=true]",
+        "run trials that differ in the keys of the section tune, and keep the best run file",
+        RUN_FILE_HELP + TUNE_HELP,
     ),
     "prepare": Command(
         prepare,

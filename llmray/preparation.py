@@ -179,3 +179,20 @@ def _size(count: int) -> str:
 
 def _root() -> Path:
     return environment.prepared_directory(os.environ)
+
+
+def manage(action: str, keys: Sequence[str]) -> int:
+    """List what is kept, or remove some of it, as `llmray prepare --list | --remove KEY ...` asks.
+
+    Raises:
+        ArgumentsError: words are missing, or too many.
+    """
+    if action == "--list" and keys:
+        raise ArgumentsError(f"--list takes no words, found {keys[0]!r}. Leave it out.")
+    if action == "--remove" and not keys:
+        raise ArgumentsError("--remove needs keys. `llmray prepare --list` shows them.")
+    if action == "--list":
+        print(table(kept()))
+    for gone in remove(keys) if keys else ():
+        print(f"removed {gone.key}, {gone.rows} rows")
+    return 0

@@ -50,3 +50,16 @@ COMPLETION_HELP = """
   bash  source <(llmray completion bash), in ~/.bashrc for good
   zsh   source <(llmray completion zsh), in ~/.zshrc after compinit
   fish  llmray completion fish > ~/.config/fish/completions/llmray.fish"""
+
+TUNE_HELP = """
+The section tune of the run file says what is searched and how trials are compared:
+
+  tune:
+    search: {learning_rate: {loguniform: [1e-5, 1e-3]}, lora_rank: {choice: [4, 8, 16]}}
+    num_samples: 8
+    scheduler: asha
+
+Results are results.csv, best.yaml and tune.png in output_dir; each trial has a folder there.
+resume=true goes on with a sweep whose driver was stopped or killed, and repeats no trial that had
+ended.
+"""

@@ -240,7 +240,6 @@ NOT_BUILT: dict[str, Gap] = {
         "save_dir",
         "download_mode",
     ),
-    "tune": Gap("Sweeps are not built yet. Remove the section."),
 }
 
 # Names of transformers or LLaMA-Factory that have no place here, with what to use instead.

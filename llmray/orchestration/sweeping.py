@@ -31,8 +31,10 @@ log = getLogger("llmray")
 POLL_S = 0.1
 SAY_EVERY_S = 15.0
 END_S = 15.0  # for workers that were let go
-ALIKE = 3  # trials that fail for one reason before any reports: the rest would too
-STOPPED, PAUSED, OUT_OF_TIME = "stopped early", "paused", "time_budget_s"
+MANY_ALIKE = 3  # trials that fail for one reason before any reports: the rest would too
+STOPPED, PAUSED = "stopped early", "paused"
+# why a whole sweep ends, beside signals
+OUT_OF_TIME, ALIKE = "time_budget_s", "failures all alike"
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ class Sweeping:
             self._stop = OUT_OF_TIME
             log.info("time_budget_s=%g is spent: no trial goes on", budget)
         elif self._alike:
-            self._stop = "failures"
+            self._stop = ALIKE
+            log.warning("the trials fail for one reason: no other is started")
         for slot in self._slots if self._stop is not None else ():
             if slot.trial:
                 slot.stop(self._stop or "")
@@ -299,7 +302,7 @@ class Sweeping:
         over = [e for e in self.entries.values() if e.is_over]
         causes = {(e.cause or "").replace(e.name, "") for e in over}
         silent = not any(e.reports for e in self.entries.values())
-        if len(over) >= ALIKE and silent and len(causes) == 1 and over[0].state == "failed":
+        if len(over) >= MANY_ALIKE and silent and len(causes) == 1 and over[0].state == "failed":
             self._alike = True
 
     def _close_entry(self, entry: Entry, state: Any, cause: str | None) -> None:

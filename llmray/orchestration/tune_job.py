@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,9 +33,18 @@ from llmray.orchestration.ledger import Entry
 from llmray.orchestration.plan import Inventory, Placement, capacity, groups_at_once, place
 from llmray.orchestration.searching import Asked, Listed, Values
 from llmray.orchestration.slots import Slot
-from llmray.orchestration.sweeping import Plan, Shape, Sweeping, exit_code, is_warning
+from llmray.orchestration.sweeping import (
+    ALIKE,
+    OUT_OF_TIME,
+    Plan,
+    Shape,
+    Sweeping,
+    exit_code,
+    is_warning,
+)
 from llmray.orchestration.train_job import DriverSignals, Stopped
 from llmray.stop_signals import EXIT_CODES
+from llmray.sweep import report, results
 from llmray.sweep.trials import Trial, run_of, sweep_directory, sweep_name, trials_of
 from llmray.train.observers import describe
 
@@ -88,6 +98,8 @@ class _Driver:
     entries: dict[str, Entry] = field(default_factory=dict)
     prepared: dict[str, Any] = field(default_factory=dict)  # by the arguments that decide them
     said: set[str] = field(default_factory=set)  # warnings of trials
+    began: float = field(default_factory=time.monotonic)
+    steps_before: int = 0
 
     @cached_property
     def run_dir(self) -> str:
@@ -139,7 +151,8 @@ class _Driver:
         finally:
             self._leave_outputs()
         self._say_spent(loop)
-        self._require_one_success(stopped)
+        if stopped not in EXIT_CODES:
+            results.refuse_failure(self._failures(stopped))
         return exit_code(stopped)
 
     def _open_ledger(self, *, resumes: bool) -> None:
@@ -154,6 +167,7 @@ class _Driver:
                 self.entries[trial.name] = self._entry(trial)
         for entry in self.entries.values():
             entry.write()
+        self.steps_before = sum(entry.step for entry in self.entries.values())
 
     def _entry(self, trial: Trial) -> Entry:
         run = run_of(self.arguments, trial)
@@ -268,11 +282,31 @@ class _Driver:
             log.info("%s %s: %s after step %d%s", entry.name, entry.state, said, entry.step, why)
 
     def _say(self) -> None:
-        over = sum(1 for entry in self.entries.values() if entry.is_over)
-        log.info("%d of %d trials are over", over, len(self.entries))
+        is_open = self.sweep.searcher == "optuna"
+        line = report.progress(
+            self.sweep,
+            self._results(),
+            elapsed_s=time.monotonic() - self.began,
+            num_trials=self.sweep.num_samples if is_open else None,
+            steps_before=self.steps_before,
+        )
+        log.info("%s", line)
+
+    def _results(self) -> list[results.TrialResult]:
+        return [_result(entry) for entry in self.entries.values()]
 
     def _leave_outputs(self) -> None:
-        pass
+        """The files and the table of the sweep, as far as it has come."""
+        found = self._results()
+        folder = results.write(self.arguments, self.sweep, found)
+        print(report.table(self.sweep, found), flush=True)
+        if results.best_of(self.sweep, found) is not None:
+            log.info("results are in %s; train the best again: %s", folder, folder / results.BEST)
+
+    def _failures(self, stopped: str | None) -> list[results.TrialResult]:
+        """All trials; where the rest was given up, those alone that failed before."""
+        found = self._results()
+        return [one for one in found if one.state == "failed"] if stopped == ALIKE else found
 
     def _say_spent(self, loop: Sweeping) -> None:
         """What the sweep took beside its trials, and what they shared."""
@@ -297,18 +331,34 @@ class _Driver:
                 100 * spent.between / spent.busy,
             )
 
-    def _require_one_success(self, stopped: str | None) -> None:
-        """Raise where no trial came to anything, with the first cause."""
-        failed = [entry for entry in self.entries.values() if entry.state == "failed"]
-        came = any(entry.state in ("done", "stopped") for entry in self.entries.values())
-        if not failed or came or stopped in EXIT_CODES:
-            return
-        count = "All trials" if len(failed) == len(self.entries) else f"The first {len(failed)}"
-        raise ClusterError(
-            f"{count} failed, so that there is nothing to compare; {failed[0].name}: "
-            f"{failed[0].cause} Mend the cause, and go on with resume=true."
-        )
-
 
 def _trial(entry: Entry) -> Trial:
     return Trial(entry.number, entry.values)
+
+
+STATES: dict[ledger.State, results.State] = {
+    "pending": "waiting",
+    "paused": "waiting",
+    "running": "running",
+    "done": "finished",
+    "stopped": "stopped early",
+    "failed": "failed",
+}
+
+
+def _result(entry: Entry) -> results.TrialResult:
+    """The entry as the outputs of a sweep show it."""
+    curve = [(report.step, report.value) for report in entry.reports]
+    last = entry.metric if entry.state == "done" else None
+    if last is not None and (not curve or curve[-1][1] != last):
+        # of an evaluation at the end, or of the best weights
+        curve = [*(point for point in curve if point[0] < entry.step), (entry.step, last)]
+    return results.TrialResult(
+        _trial(entry),
+        "out of time" if entry.cause == OUT_OF_TIME else STATES[entry.state],
+        tuple(curve),
+        steps=entry.step,
+        total_steps=entry.total_steps or None,
+        seconds=entry.seconds,
+        error=entry.cause if entry.state == "failed" else None,
+    )
