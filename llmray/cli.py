@@ -109,8 +109,8 @@ def train(words: list[str]) -> int:
     arguments = _with_absolute_paths(_load(words))
     if arguments.tune.tune:
         raise ArgumentsError(
-            "the run file has a section tune, and `llmray train` trains once. Sweep with `llmray "
-            "tune`, or write tune=null behind the file."
+            "The run file has a section tune, and `llmray train` trains once. Write `llmray tune`, "
+            "or tune=null behind the file."
         )
     asked = arguments.training
     if not (asked.do_train or asked.do_eval or asked.do_predict):
@@ -118,11 +118,9 @@ def train(words: list[str]) -> int:
             "do_train, do_eval and do_predict are false: there is nothing to do. Set one of them "
             "to true."
         )
-    _say_grace()
+    _before_training(arguments)
     from llmray import launch
-    from llmray.train import trackers
 
-    trackers.check(arguments, os.environ)
     ranks = launch.plan(arguments.ray_enabled, os.environ, use_cpu=arguments.training.use_cpu)
     if ranks is not None:
         return launch.torchrun(ranks, ["-m", "llmray", "train", *words])
@@ -139,11 +137,8 @@ def tune(words: list[str]) -> int:
     """Run a sweep: trials of the run file that differ in the keys of its section `tune`."""
     _speak()
     resumes = "resume=true" in words
-    arguments = _with_absolute_paths(_load([w for w in words if w not in RESUME]))
-    _say_grace()
-    from llmray.train import trackers
-
-    trackers.check(arguments, os.environ)
+    arguments = _with_absolute_paths(_load([word for word in words if word not in RESUME]))
+    _before_training(arguments)
     from llmray.orchestration import tune_job
 
     return tune_job.tune(arguments, resumes=resumes)
@@ -434,9 +429,12 @@ def _with_absolute_paths(arguments: RunArguments) -> RunArguments:
     return paths.absolute(arguments, base, Path.cwd() if is_submitted else None)
 
 
-def _say_grace() -> None:
-    """In a submitted job, say how to give `ray job stop` the time of a save."""
+def _before_training(arguments: RunArguments) -> None:
+    """Check trackers; in a submitted job, say how to give `ray job stop` the time of a save."""
     from llmray.arguments import environment
+    from llmray.train import trackers
+
+    trackers.check(arguments, os.environ)
 
     if environment.is_submitted(os.environ) and not os.environ.get("RAY_JOB_STOP_WAIT_TIME_S"):
         log.info(

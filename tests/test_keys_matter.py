@@ -824,6 +824,15 @@ def initialised(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Keys:
     return given
 
 
+def trials(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> list[Any]:
+    """The values of the trials that `llmray tune` begins with."""
+    from llmray.arguments.tune import sweep_of
+    from llmray.sweep.trials import trials_of
+
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "val_size": 2}
+    return [trial.values for trial in trials_of(sweep_of(site.arguments({**evaluated, **keys})))]
+
+
 def prepares(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Any:
     """Who prepares the data of two nodes."""
     from llmray.orchestration import prepare_job
@@ -852,6 +861,11 @@ CLUSTER: dict[str, tuple[Any, Any, Seen]] = {
     "ray_max_failures": (0, 5, trainer),
     "master_addr": (..., "127.0.0.1", trainer),
     "master_port": (..., 29999, trainer),
+    "tune": (
+        {"search": {"lora_rank": {"grid": [2, 4]}}},
+        {"search": {"lora_rank": {"grid": [2, 8]}}},
+        trials,
+    ),
     "ray_init_kwargs": (..., {"num_cpus": 1}, initialised),
 }
 
