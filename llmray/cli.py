@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llmray")
 
-RESUME = ("resume=true", "resume=false")  # of a sweep, and no key of a run
-
 
 class Command(NamedTuple):
     """A row of the command table; `run` gets the words after the command's name."""
@@ -137,7 +135,7 @@ def tune(words: list[str]) -> int:
     """Run a sweep: trials of the run file that differ in the keys of its section `tune`."""
     _speak()
     resumes = "resume=true" in words
-    arguments = _with_absolute_paths(_load([word for word in words if word not in RESUME]))
+    arguments = _with_absolute_paths(_load([word for word in words if word != "resume=true"]))
     _before_training(arguments)
     from llmray.orchestration import tune_job
 
