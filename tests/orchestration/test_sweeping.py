@@ -1,0 +1,284 @@
+"""The loop of a sweep over slots that train nothing: what starts, goes on, stops and is kept."""
+
+import dataclasses
+
+import pytest
+
+from llmray.arguments.space import parse
+from llmray.arguments.tune import Scheduler, Sweep
+from llmray.errors import TrainingError
+from llmray.orchestration import ledger, sweeping
+from llmray.orchestration.board import Message
+from llmray.orchestration.ledger import Entry
+from llmray.orchestration.plan import Placement
+from llmray.orchestration.searching import Asked, Listed
+from llmray.orchestration.slots import Loss
+from llmray.orchestration.sweeping import Plan, Shape, Sweeping
+from llmray.orchestration.trial_board import Look
+from llmray.stop_signals import StopSignals
+
+STEPS = 8
+SPACE, _ = parse({"x": {"uniform": [0, 1]}}, ())
+SWEEP = Sweep(SPACE, "grid", 1, "eval_loss", "min", Scheduler("none", {}), None, None, 7)
+
+
+class FakeSlot:
+    """Trains a step a look; `site.fails` and `site.dies` say which trial comes to harm, where."""
+
+    def __init__(self, site, number):
+        self.site, self.number = site, number
+        self.trial, self.is_closed, self.has_ended = None, False, False
+        self.step = None
+        self.reason, self.waits, self.is_idle = None, False, True
+        self.stopped, self.failures, self.attempts = None, [], 0
+
+    def give(self, name, job, attempts):
+        assert self.is_idle, "a slot has one trial at a time"
+        self.trial, self.is_idle, self.step = name, False, None
+        self.reason, self.waits, self.stopped, self.failures = None, False, None, []
+        self.attempts = attempts + 1
+        self.site.given.append((name, self.number))
+
+    def judge(self, reason):
+        self.waits, self.reason = False, self.reason or reason
+
+    def stop(self, reason):
+        self.reason = self.reason or reason
+
+    def close(self):
+        self.is_closed = True
+
+    def end(self):
+        self.has_ended = True
+
+    def wait(self, timeout_s):
+        return self.is_closed
+
+    def loss(self, look):
+        return self.site.loss
+
+    def look(self):
+        if self.is_closed and self.is_idle:
+            self.has_ended = True
+        messages = [] if self.trial is None or self.is_idle else list(self._advance())
+        return Look(messages, self.is_idle, self.stopped, self.failures, self.attempts, 1, 0, 1)
+
+    def _advance(self):
+        name, saved = self.trial, self.site.saved
+        if self.step is None:
+            self.step = saved.get(name, 0)
+            yield Message("start", (self.step, STEPS))
+        elif self.reason is not None:
+            saved[name] = self.step
+            self.stopped = self.reason
+            yield from self._finish()
+        elif self.step == STEPS:
+            yield from self._finish()
+        elif self.site.fails.get(name) == self.step:
+            self.failures, self.is_idle = [(0, TrainingError(self.site.why))], True
+        elif self.site.dies.get(name) == self.step:
+            if self.site.dies_once:
+                del self.site.dies[name]
+            self.has_ended = True
+        elif not self.waits:
+            self.step += 1
+            self.site.trained.append((name, self.step))
+            saved[name] = self.step - self.step % 2
+            value = self.site.values[name] - self.step / 100
+            self.waits = True
+            record = {"current_steps": self.step, "epoch": self.step / 10, "eval_loss": value}
+            yield Message("record", (record,))
+
+    def _finish(self):
+        self.is_idle = True
+        yield Message("end", ({},))
+
+
+class Site:
+    """A place for sweeps of fake slots."""
+
+    def __init__(self, directory, values=(3.0, 1.0, 2.0, 4.0)):
+        self.directory = directory
+        self.given, self.trained, self.over = [], [], []
+        self.saved, self.fails, self.dies, self.values = {}, {}, {}, {}
+        self.dies_once, self.why = True, "loss=nan"
+        self.loss = Loss("rank 0 died")
+        self.entries = {}
+        self.signals = StopSignals()
+        self.num_slots = 0
+        for value in values:
+            self.add({"x": value / 10})
+
+    def add(self, values):
+        number = len(self.entries) + 1
+        name = f"trial_{number:03d}"
+        self.values[name] = values["x"] * 10
+        self.entries[name] = Entry(number, name, values, str(self.directory / name))
+        return self.entries[name]
+
+    def shape(self, entry):
+        return Shape(Placement(1, {"CPU": 1.0}, "PACK"), ())
+
+    def open_slot(self, number, plan):
+        self.num_slots += 1
+        return FakeSlot(self, number)
+
+    def sweep(self, *, at_once=2, max_failures=1, searcher=None, heard=None, **changes):
+        self.loop = Sweeping(
+            sweep=dataclasses.replace(SWEEP, **changes),
+            entries=self.entries,
+            searcher=searcher or Listed(),
+            plan_of=lambda entry: Plan(None, self.shape(entry), None),
+            new_entry=self.add,
+            open_slot=self.open_slot,
+            at_once=at_once,
+            max_failures=max_failures,
+            signals=self.signals,
+            say=lambda: None,
+            settled=lambda entry: self.over.append(entry.name),
+            heard=heard or (lambda entry, message: None),
+        )
+        return self.loop.run()
+
+    def states(self):
+        return [entry.state for entry in self.entries.values()]
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeping, "POLL_S", 0.0)
+    return Site(tmp_path)
+
+
+def test_every_trial_is_trained_once_and_workers_stay(site):
+    assert site.sweep() is None
+    assert site.states() == ["done"] * 4
+    assert sorted(site.trained) == [(n, s) for n in sorted(site.values) for s in range(1, 9)]
+    assert site.num_slots == 2
+    assert {number for _, number in site.given} == {1, 2}
+    assert [e.metric for e in site.entries.values()] == pytest.approx([2.92, 0.92, 1.92, 3.92])
+
+
+def test_ledger_holds_what_is_over(site):
+    site.sweep()
+    for name, entry in site.entries.items():
+        kept = ledger.read(str(site.directory / name))
+        assert kept == entry
+        assert [report.step for report in kept.reports] == list(range(1, 9))
+
+
+def test_asha_stops_worse_trials_a_step_after_its_word(site):
+    site.sweep(at_once=1, scheduler=Scheduler("asha", {"reduction_factor": 2}))
+    states = dict(zip(site.entries, site.states(), strict=True))
+    assert states["trial_002"] == "done"
+    assert states["trial_004"] == "stopped"
+    assert site.entries["trial_004"].step == 1
+    assert site.entries["trial_004"].cause == "asha: eval_loss 3.99 after step 1"
+
+
+def test_hyperband_trains_paused_trials_on_from_where_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeping, "POLL_S", 0.0)
+    site = Site(tmp_path, values=range(1, 9))
+    site.sweep(scheduler=Scheduler("hyperband", {"max_t": 8, "reduction_factor": 3}))
+    assert set(site.states()) <= {"done", "stopped"}
+    assert site.entries["trial_001"].state == "done"
+    again = [name for name in site.values if sum(n == name for n, _ in site.given) > 1]
+    assert again, "nothing was paused and went on"
+    for name in again:
+        assert [step for n, step in site.trained if n == name] == sorted(
+            {step for n, step in site.trained if n == name}
+        )
+
+
+def test_lost_workers_cost_a_save_interval_and_no_trial(site):
+    site.dies = {"trial_002": 5}
+    site.sweep()
+    assert site.states() == ["done"] * 4
+    entry = site.entries["trial_002"]
+    assert (entry.failures, entry.attempts) == (1, 2)
+    steps = [step for name, step in site.trained if name == "trial_002"]
+    assert steps == [1, 2, 3, 4, 5, 5, 6, 7, 8]
+    assert [report.step for report in entry.reports] == list(range(1, 9))
+    assert site.num_slots == 3
+
+
+def test_a_trial_that_always_dies_fails_and_the_others_do_not(site):
+    site.dies, site.dies_once = {"trial_002": 5}, False
+    site.sweep(max_failures=2)
+    assert site.states() == ["done", "failed", "done", "done"]
+    assert site.entries["trial_002"].cause == "rank 0 died, more than ray_max_failures=2 times"
+    assert site.entries["trial_002"].failures == 3
+
+
+def test_the_same_defect_twice_is_enough(site):
+    site.dies, site.dies_once = {"trial_002": 5}, False
+    site.loss = Loss("rank 0 failed: KeyError: 'x'", may_mend=False)
+    site.sweep(max_failures=-1)
+    assert site.entries["trial_002"].state == "failed"
+    assert site.entries["trial_002"].failures == 2
+
+
+def test_an_error_of_one_trial_leaves_its_workers(site):
+    site.fails = {"trial_001": 3}
+    site.sweep(at_once=1)
+    assert site.states() == ["failed", "done", "done", "done"]
+    assert site.entries["trial_001"].cause == "loss=nan"
+    assert site.num_slots == 1
+
+
+def test_three_that_fail_alike_before_any_report_end_the_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeping, "POLL_S", 0.0)
+    site = Site(tmp_path, values=range(1, 9))
+    site.fails, site.why = dict.fromkeys(site.values, 0), "the disk is full"
+    assert site.sweep() == sweeping.ALIKE
+    assert site.states().count("failed") in (3, 4)
+    assert site.states().count("pending") >= 4
+
+
+def test_signal_saves_and_leaves_the_rest(site):
+    def heard(entry, message):
+        if message.kind == "record" and message.content[0]["current_steps"] == 3:
+            site.signals.seen.append("SIGTERM")
+
+    assert site.sweep(heard=heard) == "SIGTERM"
+    assert site.states() == ["pending"] * 4
+    assert site.over == []
+    before = list(site.trained)
+    site.signals.seen.clear()
+    assert site.sweep() is None
+    assert site.states() == ["done"] * 4
+    again = [told for told in site.trained[len(before) :] if told in before]
+    assert again == [], "what was saved is not repeated"
+
+
+def test_time_budget_stops_what_runs(site):
+    assert site.sweep(time_budget_s=1e-9) == sweeping.OUT_OF_TIME
+    assert set(site.states()) <= {"pending", "stopped"}
+
+
+def test_finished_trials_are_not_run_again(site):
+    site.sweep()
+    entries = {name: ledger.read(entry.run_dir) for name, entry in site.entries.items()}
+    entries["trial_003"].state = "pending"
+    site.entries.update(entries)
+    site.given.clear()
+    site.sweep()
+    assert [name for name, _ in site.given] == ["trial_003"]
+
+
+def test_trials_of_another_shape_get_workers_of_their_own(site):
+    site.shape = lambda entry: Shape(Placement(entry.number % 2 + 1, {"CPU": 1.0}, "PACK"), ())
+    site.sweep(at_once=1)
+    assert site.states() == ["done"] * 4
+    slots = dict(site.given)
+    assert slots["trial_001"] == slots["trial_003"] != slots["trial_002"]
+
+
+def test_optuna_proposes_as_many_as_were_asked_for(tmp_path, monkeypatch):
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(sweeping, "POLL_S", 0.0)
+    site = Site(tmp_path, values=())
+    sweep = dataclasses.replace(SWEEP, searcher="optuna", num_samples=5)
+    site.sweep(searcher=Asked(sweep))
+    assert site.states() == ["done"] * 5
+    assert len({entry.values["x"] for entry in site.entries.values()}) == 5
