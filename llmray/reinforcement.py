@@ -7,6 +7,7 @@ here. Roles on machines of their own have other handles, and nothing else change
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from logging import getLogger
@@ -19,6 +20,8 @@ from llmray.arguments import environment
 from llmray.arguments.loading import load
 from llmray.arguments.run import RunArguments
 from llmray.assembly import Core, Training
+from llmray.data import templates
+from llmray.data.conversation import Message
 from llmray.model.attention import causal_lm
 from llmray.rl import held_out, rewards, settings
 from llmray.rl.experience import Collector
@@ -33,7 +36,6 @@ from llmray.rl.rollout_log import RolloutLog
 from llmray.train.generate import Sampling
 from llmray.train.loop import StepResult
 from llmray.train.reading import Reader
-from llmray.train.score import Scorer
 
 log = getLogger("llmray")
 
@@ -132,8 +134,8 @@ def weighted_rewards(arguments: RunArguments, model_dir: Path, first: int) -> We
 
 def _handle(name: str, arguments: RunArguments, model_dir: Path) -> Handle:
     if rewards.kind_of(name) == "model":
-        scorer = Scorer.load(_of_reward_model(name, arguments, model_dir))
-        return InProcess(name, ModelReward(scorer))
+        asked = _of_reward_model(name, arguments, model_dir)
+        return InProcess(name, ModelReward.load(asked, arguments, model_dir))
     return rewards.handle_of(
         name,
         folder=Path.cwd(),
@@ -173,7 +175,9 @@ def _collector(core: Core, added: WeightedRewards, *, evaluates: bool) -> Collec
     arguments, engine = core.arguments, core.engine
     sampling = Sampling.of(arguments, engine.model.model, core.tokenizer)
     plan = settings.plan(arguments, sampling, evaluates=evaluates)
-    texts = Texts(core.tokenizer, arguments.generating.skip_special_tokens)
+    texts = Texts(
+        core.tokenizer, arguments.generating.skip_special_tokens, _reading(arguments, core)
+    )
     return Collector(
         speaker=engine,
         sampler=Sampler(engine, texts, plan),
@@ -182,6 +186,14 @@ def _collector(core: Core, added: WeightedRewards, *, evaluates: bool) -> Collec
         pad_id=core.tokenizer.pad_token_id,
         rows=plan.side_by_side,
     )
+
+
+def _reading(arguments: RunArguments, core: Core) -> Callable[[str], Message] | None:
+    """What tells a response's thought from what it says, where the run's template knows one."""
+    if arguments.data.template is None:
+        return None
+    template = templates.find(arguments.data.template)
+    return templates.for_tokenizer(template, core.tokenizer, arguments.data).read
 
 
 def _is_repeatable(core: Core) -> bool:

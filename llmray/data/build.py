@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from llmray import store
-from llmray.data import files, shards
+from llmray.data import files, shards, spoken
 from llmray.data.conversation import Conversation, RowError
 from llmray.data.encoding import Encoder
 from llmray.data.features import FEATURES, Outcome, RowFeatures
@@ -185,6 +185,9 @@ def outcomes(plan: Plan, shard: Shard) -> Iterator[tuple[int, Where, Outcome]]:
         built = {kind: _built(plan, kind, kinds, batch) for kind in set(kinds)}
         for kind, (number, where, found) in zip(kinds, batch, strict=True):
             outcome = next(built[kind]) if isinstance(found, Conversation) else found
+            if FEATURES[kind].keeps_said and isinstance(outcome, RowFeatures):
+                assert isinstance(found, Conversation), "it has features"
+                outcome = replace(outcome, said=spoken.write(found))
             yield number, where, outcome
 
 
@@ -223,7 +226,7 @@ def _built_without_halves(
 
 def half_a_character(conversation: Conversation) -> RowError | None:
     """Why the texts of a conversation are no Unicode, None where they are."""
-    answers = [conversation.chosen, *conversation.rejected]
+    answers = [conversation.chosen, *conversation.rejected, conversation.label]
     said = [*conversation.messages, *(answer for answer in answers if answer is not None)]
     texts = [conversation.system, conversation.tools, *(message.content for message in said)]
     try:

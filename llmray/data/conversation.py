@@ -59,7 +59,8 @@ class Conversation:
 
     `messages` ends with a response; with the prompt, where there are responses to compare, `chosen`
     and one or more `rejected`, or the stage reads none. `is_wanted` judges the last response.
-    `tools` is the JSON text of the tools that responses may call.
+    `tools` is the JSON text of the tools that responses may call. `label` is the response that the
+    data has where the stage asks for one: it is shown to who scores, never to the model.
     """
 
     messages: tuple[Message, ...]
@@ -68,6 +69,7 @@ class Conversation:
     chosen: Message | None = None
     rejected: tuple[Message, ...] = ()
     is_wanted: bool | None = None
+    label: Message | None = None
 
     def pairs(self) -> list[Conversation]:
         """This conversation with one `rejected` at a time; itself where there is one or none."""

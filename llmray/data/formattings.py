@@ -94,7 +94,15 @@ def alpaca(row: Row, layout: RowFormat, kind: Kind) -> Conversation:
         tools_of(row, layout),
         chosen=response("chosen") if kind == "pair" else None,
         rejected=rejected_of(row, layout, said) if kind == "pair" else (),
+        label=_label(row, layout) if kind == "prompt" else None,
     )
+
+
+def _label(row: Row, layout: RowFormat) -> Message | None:
+    """The response that the data has, of a pair the chosen one; None where it has none."""
+    texts = (text_of(row, layout, use, optional=True) for use in ("response", "chosen"))
+    found = next((text for text in texts if text), None)
+    return None if found is None else Message("assistant", found)
 
 
 def _history(row: Row, layout: RowFormat) -> list[Message]:

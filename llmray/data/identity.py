@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llmray.arguments.run import RunArguments
 
 # Raise it with every change of llmray.data that changes what is prepared from the same inputs.
-CODE_VERSION = 3
+CODE_VERSION = 4
 LIBRARIES = ("tokenizers", "transformers")
 KEY_LENGTH = 32
 SETTLED_S = 2.0  # a younger file may change again without its time of change showing it

@@ -64,8 +64,9 @@ def _messages(row: Row, layout: RowFormat, kind: Kind, read: Read) -> Conversati
     if turns and turns[0][0] == "system":
         system = turns.pop(0)[1].content
     first = len(said) - len(turns) + 1
+    label = None
     if kind == "prompt" and turns and turns[-1][0] in RESPONSES:
-        turns.pop()  # only what is asked is read
+        label = turns.pop()[1]
     messages = _alternating(layout, turns, first, ends_with_prompt=kind in ("pair", "prompt"))
 
     def answer(use: str, value: Any) -> Message:
@@ -78,10 +79,14 @@ def _messages(row: Row, layout: RowFormat, kind: Kind, read: Read) -> Conversati
             )
         return message
 
+    if kind == "prompt" and label is None:
+        chosen = value_of(row, layout, "chosen", optional=True)
+        label = None if chosen is None else answer("chosen", chosen)
     return Conversation(
         messages,
         system,
         tools_of(row, layout),
+        label=label,
         chosen=answer("chosen", value_of(row, layout, "chosen")) if kind == "pair" else None,
         rejected=rejected_of(row, layout, partial(answer, "rejected")) if kind == "pair" else (),
     )

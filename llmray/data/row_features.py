@@ -41,7 +41,8 @@ class RowFeatures:
     are pairs of a place and the token that is learned there instead of the one that stands there.
     `starts` is where each answer of a row begins, one after the other behind the prompt that they
     share; empty where the row is one sequence. `is_wanted` judges the one answer. A row that
-    `is_prompt` has no targets: it is answered, not learned.
+    `is_prompt` has no targets: it is answered, not learned, and `said` is its conversation (see
+    `spoken`) for who scores the answer.
     """
 
     input_ids: np.ndarray  # (T,) int32
@@ -51,6 +52,7 @@ class RowFeatures:
     starts: tuple[int, ...] = ()
     is_wanted: bool | None = None
     is_prompt: bool = False
+    said: str | None = None
 
     @property
     def is_truncated(self) -> bool:
@@ -83,6 +85,11 @@ class StageFeatures:
     def learns_past(self) -> bool:
         """Whether all responses of a conversation may be learned, not the last one alone."""
         return self.kind not in ("pair", "judged", "prompt")
+
+    @property
+    def keeps_said(self) -> bool:
+        """Whether rows keep their conversation beside its tokens."""
+        return self.kind == "prompt"
 
     @property
     def renders(self) -> bool:

@@ -26,7 +26,8 @@ class Sample:
     `instead` has places, and the tokens that are learned there instead of those that stand there.
     `starts` is where the answers begin, one after the other behind the prompt that they share: of
     a pair two; None where the row is one sequence. `is_wanted` judges the one answer of a row, and
-    `mismatched` is its prompt with the answer of another row.
+    `mismatched` is its prompt with the answer of another row. `said` is the conversation of a
+    prompt, as `spoken` writes it.
     """
 
     input_ids: np.ndarray  # (T,) int32
@@ -35,6 +36,7 @@ class Sample:
     starts: np.ndarray | None = None  # (num_answers,) int32
     is_wanted: bool | None = None
     mismatched: Sample | None = None
+    said: str | None = None
 
     def target_ids(self) -> np.ndarray:
         """The tokens that are learned, in their order."""
@@ -114,6 +116,8 @@ def _batch(rows: Sequence[RowFeatures], numbers: Sequence[int]) -> Any:
         columns["starts"] = _lists([np.array(row.starts, np.int32) for row in rows])
     if any(row.is_wanted is not None for row in rows):
         columns["is_wanted"] = pa.array(np.array([bool(row.is_wanted) for row in rows], np.int32))
+    if any(row.said is not None for row in rows):
+        columns["said"] = pa.array([row.said or "" for row in rows], pa.large_string())
     return pa.record_batch(columns)
 
 
@@ -145,6 +149,7 @@ class _Shard:
         )  # rows of one sequence have no starts, unjudged ones no judgement
         self.starts = _views(batch.column("starts")) if "starts" in names else None
         self.is_wanted = _view(batch.column("is_wanted")) if "is_wanted" in names else None
+        self.said = batch.column("said") if "said" in names else None
 
 
 def _views(column: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -263,6 +268,7 @@ class SampleTable:
             instead.reshape(-1, 2) if len(instead) else None,
             starts,
             None if shard.is_wanted is None else bool(shard.is_wanted[row]),
+            said=None if shard.said is None else shard.said[row].as_py(),
         )
 
 

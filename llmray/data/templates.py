@@ -253,7 +253,7 @@ def split_thought(message: Message, words: tuple[str, str] | None) -> tuple[str 
     return None, message.content
 
 
-def for_tokenizer(template: Template, tokenizer: Any, data_args: DataArguments) -> Renderer:
+def for_tokenizer(template: Template, tokenizer: Any, data_args: DataArguments) -> TemplateRenderer:
     """A renderer by `template` with the tokens of a tokenizer.
 
     Args:

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from llmray.data.conversation import Conversation
 from llmray.errors import RewardError
 
 
@@ -39,7 +40,8 @@ class Answer:
     `id` names it across retries: which rollout, which row, which sample. `prompt` and `response`
     are as people read them; `text` is both together as the policy read and wrote them, in its
     template with its special tokens. `label` is the response of the data set, for rewards that
-    verify.
+    verify. `conversation` is the prompt's with the response as its last message, for those who
+    read other words than the policy; None where the prompt was no conversation.
     """
 
     id: str
@@ -48,6 +50,7 @@ class Answer:
     text: str
     label: str = ""
     num_tokens: int = 1
+    conversation: Conversation | None = None
 
 
 class Scores(Protocol):

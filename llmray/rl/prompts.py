@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from llmray.data import spoken
 from llmray.data.batches import Batches
 from llmray.data.shards import Table
 from llmray.errors import DataError
@@ -14,7 +15,7 @@ class PromptReader:
     """This rank's prompts of each step, and its position in them.
 
     Args:
-        table: rows of the features `prompt`: a prompt, then the data set's response as target.
+        table: rows of the features `opening`: a prompt and its conversation.
         batches: the plan; Resumable. Its step is a rollout batch: `accumulation` is that of an
             update times `ppo_buffer_size`.
     """
@@ -52,12 +53,10 @@ def prompts_of(table: Table, rank: int, world_size: int) -> list[Prompt]:
 
 def _prompt(table: Table, row: int) -> Prompt:
     [sample] = table.samples(row)
-    targets = np.flatnonzero(sample.target_mask)
-    start = int(targets[0]) if len(targets) else len(sample.input_ids)
-    if not start:
+    if not len(sample.input_ids):
         raise DataError(
             f"row {row} of the data set, counted from 0, has no prompt. Stage ppo answers "
             "prompts: take the row out, or give it one."
         )
-    ids = sample.input_ids.tolist()
-    return Prompt(ids[:start], row, ids[start:])
+    said = None if sample.said is None else spoken.read(sample.said)
+    return Prompt(sample.input_ids.tolist(), row, said)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmray.batch import Batch
 from llmray.data.collate import collate
+from llmray.data.conversation import Conversation, Message
 from llmray.data.shards import Sample
 from llmray.rl.handles import Answer
 from llmray.train.generate import Response, Sampling
@@ -23,11 +24,17 @@ from llmray.train.generate import Response, Sampling
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a response is asked for: `row` is its number in the data, `label` the response there."""
+    """What a response is asked for: `row` is its number in the data, `said` its conversation."""
 
     ids: Sequence[int]
     row: int
-    label: Sequence[int] = ()
+    said: Conversation | None = None
+
+    @property
+    def label(self) -> str:
+        """The response that the data has, empty where it has none."""
+        label = None if self.said is None else self.said.label
+        return "" if label is None else label.content
 
 
 @dataclass(frozen=True)
@@ -116,22 +123,33 @@ class Texts:
     Args:
         tokenizer: the policy's.
         skips_special: whether special tokens are left out of what people read.
+        reads: tells a response's thought from what it says.
     """
 
     tokenizer: Any
     skips_special: bool = True
+    reads: Callable[[str], Message] | None = None
 
     def answer(self, name: str, prompt: Prompt, response: Sequence[int]) -> Answer:
         """What is scored."""
         whole = [*prompt.ids, *response]
+        conversation = None
+        if prompt.said is not None:
+            last = self._message(response)
+            conversation = replace(prompt.said, messages=(*prompt.said.messages, last), label=None)
         return Answer(
             id=name,
             prompt=self._decoded(prompt.ids, self.skips_special),
             response=self._decoded(response, self.skips_special),
             text=self._decoded(whole, False),
-            label=self._decoded(prompt.label, self.skips_special),
+            label=prompt.label,
             num_tokens=len(whole),
+            conversation=conversation,
         )
+
+    def _message(self, response: Sequence[int]) -> Message:
+        text = self._decoded(response, True)
+        return Message("assistant", text) if self.reads is None else self.reads(text)
 
     def _decoded(self, ids: Sequence[int], skips_special: bool) -> str:
         return str(

@@ -251,14 +251,18 @@ class Scorer:
         return found
 
     def encode_conversations(
-        self, conversations: Sequence[Conversation]
+        self, conversations: Sequence[Conversation], *, allows_empty: bool = False
     ) -> list[Encoded | RowError]:
         """The tokens of conversations with their last response, cut as in training.
+
+        Args:
+            conversations: each ends with a response.
+            allows_empty: whether a response that says nothing is one.
 
         Returns: in the order of the conversations; a `RowError` for one that has no response, that
             the template cannot write or that is too long for `truncation` error or drop.
         """
-        wrong = [_problem(conversation) for conversation in conversations]
+        wrong = [_problem(one, allows_empty=allows_empty) for one in conversations]
         asked = [one for one, error in zip(conversations, wrong, strict=True) if error is None]
         if self.plain is not None:
             asked = [self.plain.hidden(one) for one in asked]
@@ -304,10 +308,10 @@ class Scorer:
         return groups
 
 
-def _problem(conversation: Conversation) -> RowError | None:
+def _problem(conversation: Conversation, *, allows_empty: bool) -> RowError | None:
     """Why a conversation cannot be scored, whatever the template."""
     last = conversation.messages[-1]
-    if not (last.content.strip() or last.thought or last.calls):
+    if not (allows_empty or last.content.strip() or last.thought or last.calls):
         return RowError("the response is empty. Required: text to score.")
     return half_a_character(conversation)
 

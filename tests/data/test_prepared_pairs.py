@@ -167,6 +167,11 @@ def test_prompts_alone_are_rows_of_any_set(
     text = tokenizer.decode(table[0].input_ids)
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert not table[0].target_mask.any()
+    said = [spoken.read(table[row].said) for row in range(len(table))]
+    assert all(one.messages[-1].role == "user" for one in said)
+    assert all(one.messages[-1].content in text for one in said[:1])
+    labels = [one.label and one.label.content for one in said]
+    assert labels == LABELS[dataset]
     if dataset == "talks":
         assert table[0].input_ids.tolist() == table[1].input_ids.tolist()
         assert "b<|im_end|>" in text

@@ -4,6 +4,7 @@ import pytest
 import torch
 from toy_policy import SAMPLING, STOP, Numbers, collector, policy, prompts, rewards
 
+from llmray.data.conversation import Conversation, Message
 from llmray.rl.handles import Answer
 from llmray.rl.rollout import Plan, Prompt, Rollout, Sampler, Texts
 from llmray.train.generate import Response
@@ -46,9 +47,28 @@ def test_prompts_of_like_length_are_sampled_together_and_come_back_in_order():
 
 
 def test_what_is_scored_is_text_with_a_name():
-    [answer] = sampled(Plan(SAMPLING, name="run"), [Prompt([1, 5, 6], 3, (9, STOP))], 4)[0].answers
+    asked = Message("user", "5 and 6?")
+    said = Conversation((asked,), "Add.", label=Message("assistant", "11"))
+    [answer] = sampled(Plan(SAMPLING, name="run"), [Prompt([1, 5, 6], 3, said)], 4)[0].answers
     # the script answers three tokens with none of its own and the end
-    assert answer == Answer("run-4-3-0", "5 6", "", "1 5 6 2", label="9", num_tokens=4)
+    assert answer == Answer(
+        "run-4-3-0",
+        "5 6",
+        "",
+        "1 5 6 2",
+        label="11",
+        num_tokens=4,
+        conversation=Conversation((asked, Message("assistant", "")), "Add."),
+    )
+    [bare] = sampled(Plan(SAMPLING), [Prompt([1, 5, 6], 3)], 4)[0].answers
+    assert (bare.label, bare.conversation) == ("", None)
+
+
+def test_a_thought_is_apart_from_what_is_said():
+    texts = Texts(Numbers(), reads=lambda text: Message("assistant", text[2:], text[:1]))
+    said = Conversation((Message("user", "?"),))
+    answer = texts.answer("a", Prompt([5], 0, said), [7, 8, STOP])
+    assert answer.conversation.messages[-1] == Message("assistant", "8", "7")
 
 
 def test_seeds_differ_by_run_rollout_row_and_sample_alone():

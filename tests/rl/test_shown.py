@@ -8,7 +8,9 @@ import pytest
 import torch
 from toy_policy import CPU, SAMPLING, collector, policy, ppo, prompts, rewards
 
+from llmray.data import spoken
 from llmray.data.batches import Batches
+from llmray.data.conversation import Conversation, Message, RowError
 from llmray.data.shards import Sample
 from llmray.errors import DataError, RewardError
 from llmray.rl.handles import Answer
@@ -23,8 +25,7 @@ class Table:
     """Rows of a prompt of some length with a response of two tokens."""
 
     def __init__(self, lengths):
-        self.rows = [np.arange(3, 3 + n + 2, dtype=np.int32) for n in lengths]
-        self.prompt_lens = lengths
+        self.rows = [np.arange(3, 3 + n, dtype=np.int32) for n in lengths]
         self.lengths = np.array([len(row) for row in self.rows], np.int32)
         self.num_rows = len(lengths)
 
@@ -33,7 +34,10 @@ class Table:
 
     def samples(self, index):
         row = self.rows[index]
-        return [Sample(row, np.arange(len(row)) >= self.prompt_lens[index])]
+        said = Conversation(
+            (Message("user", f"{index}?"),), label=Message("assistant", f"{index}.")
+        )
+        return [Sample(row, np.zeros(len(row), bool), said=spoken.write(said))]
 
 
 def reader(lengths, per_device=2, world_size=1, rank=0):
@@ -48,11 +52,11 @@ def test_prompts_of_a_step_over_ranks():
     alone = reader(lengths)
     pair = [reader(lengths, per_device=1, world_size=2, rank=rank) for rank in (0, 1)]
     for step in range(5):
-        whole = {(p.row, tuple(p.ids), tuple(p.label)) for p in alone(step)}
-        parts = [(p.row, tuple(p.ids), tuple(p.label)) for of in pair for p in of(step)]
+        whole = {(p.row, tuple(p.ids), p.label) for p in alone(step)}
+        parts = [(p.row, tuple(p.ids), p.label) for of in pair for p in of(step)]
         assert len(parts) == len(whole)
         assert set(parts) == whole
-        assert all(len(ids) == lengths[row] and len(label) == 2 for row, ids, label in whole)
+        assert all(len(ids) == lengths[row] and label == f"{row}." for row, ids, label in whole)
     rows = [prompt.row for step in range(3) for prompt in alone(step)]
     assert sorted(rows) == list(range(10))
     position = alone.batches.state_dict()
@@ -123,10 +127,16 @@ class Encoded:
 
 
 class Words:
-    """A scorer whose tokens are words and whose reward is their number."""
+    """A scorer whose tokens are words, at most five, and whose reward is their number."""
 
     def encode(self, texts):
-        return [Encoded(range(len(text.split()))) for text in texts]
+        counts = [len(text.split()) for text in texts]
+        return [Encoded(range(min(5, count)), count > 5) for count in counts]
+
+    def encode_conversations(self, conversations, *, allows_empty=False):
+        assert allows_empty
+        whole = [" ".join(message.content for message in one.messages) for one in conversations]
+        return [RowError("a wug is no word.") if "wug" in t else self.encode([t])[0] for t in whole]
 
     def run(self, sequences):
         return [float(len(ids)) for ids in sequences]
@@ -138,3 +148,16 @@ def test_a_reward_model_reads_whole_texts():
     assert of.score(asked) == [4.0, 1.0]
     with pytest.raises(RewardError, match="answer 2 has no token"):
         of.score([*asked, Answer("2", "", "", "")])
+    with pytest.raises(RewardError, match="answer 2 is longer than the 5 tokens"):
+        of.score([*asked, Answer("2", "", "", "a b c d e f")])
+
+
+def test_a_reward_model_reads_conversations():
+    def answer(prompt, response):
+        said = Message("user", prompt), Message("assistant", response)
+        return Answer("7", "", "", "not read", conversation=Conversation(said))
+
+    of = ModelReward(Words(), "conversation")
+    assert of.score([answer("a b", "c"), answer("a", "")]) == [3.0, 1.0]
+    with pytest.raises(RewardError, match=r"answer 7 cannot be written in .*: a wug is no word"):
+        of.score([answer("a", "wug")])
