@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmray.arguments import capabilities
 from llmray.arguments.loading import load, replace
 from llmray.arguments.run import RunArguments
-from llmray.data import planning, prepared
+from llmray.data import planning, prepared, spoken
 from llmray.data.mismatched import JudgedTable
 from llmray.errors import DataError
 from llmray.render import Options, render
@@ -28,11 +27,11 @@ JUDGED = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def all_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages that are not built yet have their data."""
-    for key in ("stage", "reward_model"):
-        monkeypatch.delitem(capabilities.NOT_BUILT, key, raising=False)
+LABELS = {
+    "pairs": [f"good answer {i}" for i in range(9)],
+    "judged": [f"answer {i}" for i in range(7)],
+    "talks": [None, "d"],
+}
 
 
 @pytest.fixture

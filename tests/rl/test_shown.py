@@ -34,9 +34,8 @@ class Table:
 
     def samples(self, index):
         row = self.rows[index]
-        said = Conversation(
-            (Message("user", f"{index}?"),), label=Message("assistant", f"{index}.")
-        )
+        label = Message("assistant", f"{index}.")
+        said = Conversation((Message("user", f"{index}?"),), label=label)
         return [Sample(row, np.zeros(len(row), bool), said=spoken.write(said))]
 
 
