@@ -27,3 +27,15 @@ def refused_where_odd(
         math.nan if len(response) % 2 else share
         for response, share in zip(responses, shares, strict=True)
     ]
+
+
+def length_of_label(
+    prompts: Sequence[str], responses: Sequence[str], labels: Sequence[str]
+) -> list[float]:
+    """Characters of the data's own response."""
+    return [float(len(label)) for label in labels]
+
+
+def broken(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Raises."""
+    raise KeyError("wug")

@@ -55,7 +55,7 @@ def test_there_is_a_config_for_each_way_to_run() -> None:
     ways = {(run.finetuning.stage, run.finetuning.finetuning_type) for run in runs.values()}
     assert ("rm", "lora") in ways
     assert {("pt", "lora"), ("sft", "lora"), ("sft", "full"), ("sft", "freeze")} <= ways
-    assert {("dpo", "lora"), ("kto", "lora")} <= ways
+    assert {("dpo", "lora"), ("kto", "lora"), ("ppo", "lora")} <= ways
     evaluates = runs["evaluate_lora"].training
     assert (evaluates.do_train, evaluates.do_eval) == (False, True)
     assert runs["sft_lora_ray_cpu"].cluster.resources == {"CPU": 1}

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ppo_rows import told
 from safetensors.torch import load_file
-from tiny import make_model, make_tokenizer
+from tiny import SIZES, build_model, make_model, make_tokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from llmray import local
 from llmray.arguments.loading import load
+from llmray.errors import ArgumentsError, DataError, LlmrayError, RewardError
+from llmray.model import value_head
+from llmray.rl.handles import Answer
+from llmray.rl.reward_model import ModelReward
+from llmray.serve import reward_server
+from llmray.train.observers import read_log
+from llmray.train.score import Scorer
 
 RUN: dict[str, Any] = {
     "stage": "ppo",
@@ -49,7 +63,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(root / "model")
     rows = [{"instruction": f"Say {i}.", "output": "word " * (i % 4 + 1)} for i in range(24)]
     (root / "rows.json").write_text(json.dumps(rows))
-    (root / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
+    (root / "answers.json").write_text(json.dumps([{"output": "word"}] * 8))
+    info = {name: {"file_name": f"{name}.json"} for name in ("rows", "answers")}
+    (root / "dataset_info.json").write_text(json.dumps(info))
     return root
 
 
@@ -98,3 +114,349 @@ def test_a_run_goes_on_bitwise_from_a_checkpoint(
     assert [record["current_steps"] for record in told(whole) if "beta" in record] == [1, 2, 3, 4]
     values = (whole / "value_head.safetensors").exists()
     assert values == (estimator == "gae")
+
+
+# ---- policies -----------------------------------------------------------------------------------
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"finetuning_type": "full", "learning_rate": 0.003},
+    "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "learning_rate": 0.003},
+    "qlora": {"quantization_bit": 4},
+    "continued": {"adapter_name_or_path": "@continued"},
+    "reference": {"ref_model": "@other"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ways_to_tune(method: str, folder: Path, tmp_path: Path) -> None:
+    """The policy starts at its reference, but where that is another model, and leaves it."""
+    keys = {
+        key: str(folder / value[1:]) if str(value).startswith("@") else value
+        for key, value in METHODS[method].items()
+    }
+    if method == "continued":
+        train(folder, folder / "continued", max_steps=1, save_strategy="no")
+    if method == "reference":
+        make_tokenizer(folder / "other")
+        make_model(folder / "other", amplify=1.5)
+    log = told(train(folder, tmp_path / "out", max_steps=3, save_strategy="no", **keys))
+    kl = [record["kl"] for record in log if "kl" in record]
+    assert (abs(kl[0]) < 1e-4) == (method != "reference")
+    assert abs(kl[2]) > 1e-4
+    assert all(record["ratio_error"] < 1e-4 for record in log if "ratio_error" in record)
+
+
+def test_a_step_is_a_rollout_of_several_batches(folder: Path, tmp_path: Path) -> None:
+    """Two prompts on a device, twice, three times as many in the buffer, two responses to each."""
+    keys = {"ppo_buffer_size": 3, "ppo_num_samples": 2, "ppo_epochs": 2, "rollout_log_steps": 1}
+    output = train(folder, tmp_path / "out", max_steps=2, save_strategy="no", **keys)
+    log = [record for record in told(output) if "num_updates" in record]
+    # 12 prompts have 24 responses; a mini-batch holds 4 of them
+    assert [record["num_updates"] for record in log] == [2 * 6, 2 * 6]
+    assert log[-1]["epoch"] == 1.0
+    lines = [json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1] * 8 + [2] * 8
+    assert {"prompt", "response", "score", "kl"} <= set(lines[0])
+
+
+# ---- rewards ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Answer, float]]:
+    """What reward models are asked in a run, and what they answer."""
+    found: list[tuple[Answer, float]] = []
+    whole = ModelReward.score
+
+    def score(self: ModelReward, answers: list[Answer]) -> list[float]:
+        scores = whole(self, answers)
+        found.extend(zip(answers, scores, strict=True))
+        return scores
+
+    monkeypatch.setattr(ModelReward, "score", score)
+    return found
+
+
+@pytest.fixture(scope="module")
+def reward_dir(folder: Path) -> Path:
+    """A whole reward model with the policy's tokenizer."""
+    place = folder / "reward"
+    make_tokenizer(place)
+    make_model(place, amplify=3.0)
+    value_head.write(value_head.create(build_model(), 0), place)
+    return place
+
+
+def scorer_of(place: Path, **keys: Any) -> Scorer:
+    return Scorer.load(load({"model_name_or_path": str(place), **keys}, environ={}))
+
+
+def test_an_adapter_as_reward_model(
+    folder: Path, tmp_path: Path, scored: list[tuple[Answer, float]]
+) -> None:
+    """The policy of an earlier run stands for what stage rm writes: an adapter and a head."""
+    adapter = train(folder, tmp_path / "adapter", max_steps=1)
+    keys = {"reward_model": str(adapter), "max_steps": 2, "save_strategy": "no"}
+    log = told(train(folder, tmp_path / "out", **keys))
+    run = {"template": "chatml", "adapter_name_or_path": str(adapter)}
+    alone = scorer_of(folder / "model", **run).score([answer.text for answer, _ in scored])
+    assert [score for _, score in scored] == pytest.approx(alone, abs=1e-5)
+    assert log[0]["score"] == pytest.approx(sum(alone[:4]) / 4, abs=1e-5)
+    assert all(answer.text.startswith("<|im_start|>system\n") for answer, _ in scored)
+
+
+def test_a_whole_reward_model_and_the_same_as_a_server(
+    folder: Path, tmp_path: Path, reward_dir: Path, scored: list[tuple[Answer, float]]
+) -> None:
+    short = {"max_steps": 2, "save_strategy": "no"}
+    keys = {"reward_model": str(reward_dir), "reward_model_type": "full", **short}
+    whole = told(train(folder, tmp_path / "full", **keys))
+    alone = scorer_of(reward_dir, template="chatml")
+    expected = alone.score([answer.text for answer, _ in scored])
+    assert [score for _, score in scored] == pytest.approx(expected, abs=1e-5)
+    for address in served(alone):
+        keys = {"reward_model": address, "reward_model_type": "api", **short}
+        asked = told(train(folder, tmp_path / "api", **keys))
+    for one, other in zip(whole, asked, strict=True):
+        assert one.get("score") == pytest.approx(other.get("score"), abs=1e-4)
+        assert one.get("loss") == pytest.approx(other.get("loss"), abs=1e-3)
+
+
+def served(scorer: Scorer) -> Iterator[str]:
+    """The address of a reward server in a thread, as long as it is iterated."""
+    options = reward_server.Options(port=0)
+    listening = reward_server.listen(options)
+    made = reward_server.server(scorer, "tiny", options)
+    thread = threading.Thread(target=made.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    host, port = listening.getsockname()
+    try:
+        yield f"http://{host}:{port}{reward_server.ROUTE}"
+    finally:
+        made.should_exit = True
+        thread.join(60)
+        listening.close()
+
+
+OTHER_TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "head"])
+def test_a_reward_model_with_words_of_its_own(
+    kind: str, folder: Path, tmp_path: Path, scored: list[tuple[Answer, float]]
+) -> None:
+    """Another tokenizer, and its own chat template: the conversation reaches it, not the text."""
+    place = tmp_path / "reward"
+    tokenizer = make_tokenizer(place)
+    tokenizer.add_tokens(["assistant]"])
+    tokenizer.chat_template = OTHER_TEMPLATE
+    tokenizer.save_pretrained(place)
+    if kind == "classifier":
+        config = AutoConfig.for_model("llama", **{**SIZES, "vocab_size": 324}, num_labels=1)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(place)
+    else:
+        make_model(place, amplify=3.0, vocab_size=324)
+        value_head.write(value_head.create(build_model(), 0), place)
+    keys = {"reward_model": str(place), "reward_model_type": "full"}
+    train(folder, tmp_path / "out", max_steps=1, save_strategy="no", **keys)
+    texts = []
+    for answer, _ in scored:
+        assert answer.conversation is not None
+        [asked, said] = answer.conversation.messages
+        texts.append(f"[user] {asked.content}\n[assistant] {said.content}\n")
+        assert asked.content.startswith("Say ")
+        assert said.content == answer.response
+    assert AutoTokenizer.from_pretrained(place).tokenize(texts[0]).count("assistant]") == 1
+    assert [score for _, score in scored] == pytest.approx(scorer_of(place).score(texts), abs=1e-5)
+
+
+def test_rewards_are_added_by_their_weights(folder: Path, tmp_path: Path) -> None:
+    keys = {
+        "reward_model": "letter_rewards:share_of_e, letter_rewards:length",
+        "reward_weights": "2,-0.1",
+    }
+    log = told(train(folder, tmp_path / "out", max_steps=2, save_strategy="no", **keys))
+    for record in log[:2]:
+        whole = 2 * record["score_share_of_e"] - 0.1 * record["score_length"]
+        assert record["score"] == pytest.approx(whole, abs=1e-5)
+        assert record["score_length"] > 0
+
+
+def test_labels_of_the_data_reach_a_function(folder: Path, tmp_path: Path) -> None:
+    """Their mean length is that of `word ` once to four times, in every step of this run."""
+    keys = {"reward_model": "letter_rewards:length_of_label", "ppo_buffer_size": 6}
+    log = told(train(folder, tmp_path / "out", max_steps=1, save_strategy="no", **keys))
+    assert log[0]["score"] == pytest.approx(5 * 2.5)
+
+
+def test_a_response_without_a_score_is_left_out_or_ends_the_run(
+    folder: Path, tmp_path: Path
+) -> None:
+    keys = {"reward_model": "letter_rewards:refused_where_odd", "max_steps": 1}
+    log = told(train(folder, tmp_path / "mask", reward_error="mask", **keys))
+    assert 0 < log[0]["unscored"] < 4
+    with pytest.raises(RewardError, match=r"refused_where_odd.*nan"):
+        train(folder, tmp_path / "fail", **keys)
+
+
+# ---- evaluation ---------------------------------------------------------------------------------
+
+HELD_OUT = {"val_size": 6, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+
+
+def test_held_out_prompts_are_answered_by_the_same_draws(folder: Path, tmp_path: Path) -> None:
+    keys = {**HELD_OUT, "learning_rate": 0.0, "save_strategy": "no", "max_steps": 2}
+    log = told(train(folder, tmp_path / "out", **keys))
+    found = [
+        {name: value for name, value in record.items() if name.startswith("eval_")}
+        for record in log
+        if "eval_score" in record
+    ]
+    assert len(found) == 3
+    assert found[0] == found[1] == found[2]
+    assert found[0]["eval_kl"] == pytest.approx(0.0, abs=1e-4)
+    assert set(found[0]) == {
+        *("eval_score", "eval_score_deviation", "eval_kl"),
+        *("eval_response_length", "eval_without_eos"),
+    }
+
+
+def test_a_run_may_end_with_its_best_policy(folder: Path, tmp_path: Path) -> None:
+    keys = {**HELD_OUT, "save_steps": 1, "load_best_model_at_end": True, "learning_rate": 0.1}
+    output = train(folder, tmp_path / "out", **keys)
+    scores = {r["current_steps"]: r["eval_score"] for r in told(output) if "eval_score" in r}
+    scores.pop(0, None)
+    best = max(scores, key=lambda step: (scores[step], -step))
+    assert weights(output) == weights(output / f"checkpoint-{best}")
+
+
+# ---- what is wrong ------------------------------------------------------------------------------
+
+
+def other_adapter(folder: Path, tmp_path: Path) -> str:
+    make_tokenizer(tmp_path / "wide")
+    make_model(tmp_path / "wide", hidden_size=64)
+    keys = {"model_name_or_path": str(tmp_path / "wide"), "max_steps": 1}
+    return str(train(folder, tmp_path / "wide_adapter", **keys))
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[LlmrayError], str]] = {
+    "no such model": ({"reward_model": "@nothing"}, LlmrayError, "nothing"),
+    "no head": (
+        {"reward_model": "@model", "reward_model_type": "full"},
+        LlmrayError,
+        r"has no value_head.safetensors.*gives no reward",
+    ),
+    "no adapter": ({"reward_model": "@model"}, LlmrayError, "adapter"),
+    "no function": ({"reward_model": "letter_rewards:nothing"}, ArgumentsError, "nothing"),
+    "function that raises": (
+        {"reward_model": "letter_rewards:broken"},
+        RewardError,
+        r"letter_rewards:broken raised KeyError: 'wug'.*Mend the function",
+    ),
+    "server that is down": (
+        {
+            "reward_model": "http://127.0.0.1:9/score",
+            "reward_model_type": "api",
+            "reward_num_retries": 0,
+            "reward_timeout_s": 0.2,
+        },
+        RewardError,
+        r"http://127.0.0.1:9/score",
+    ),
+    "prompts that are too long": ({"cutoff_len": 8, "truncation": "error"}, DataError, "cutoff"),
+    "rows without prompts": ({"dataset": "answers"}, DataError, "'instruction'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said(name: str, folder: Path, tmp_path: Path) -> None:
+    keys, error, said = WRONG[name]
+    keys = {
+        key: str(folder / value[1:]) if str(value).startswith("@") else value
+        for key, value in keys.items()
+    }
+    with pytest.raises(error, match=said):
+        train(folder, tmp_path / "out", max_steps=1, **keys)
+
+
+def test_an_adapter_of_another_model_is_no_reward_model(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(LlmrayError, match=r"wide_adapter.*(size|shape|fit)"):
+        train(folder, tmp_path / "out", reward_model=other_adapter(folder, tmp_path), max_steps=1)
+
+
+# ---- ranks and processes ------------------------------------------------------------------------
+
+
+def in_process(folder: Path, keys: dict[str, Any], place: Path, ranks: int = 1) -> None:
+    """`llmray train` from outside, on several ranks by torchrun."""
+    place.mkdir()
+    (place / "run.json").write_text(json.dumps(keys))
+    start = [sys.executable, "-m", "llmray"]
+    if ranks > 1:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        start += ["--nproc-per-node", str(ranks), "-m", "llmray"]
+    tests = str(Path(__file__).parent)
+    environ = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [*start, "train", str(place / "run.json")]
+    subprocess.run(command, check=True, env=environ, timeout=280)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_two_ranks_learn_what_one_does(estimator: str, folder: Path, tmp_path: Path) -> None:
+    """The same prompts and draws of a step; its one mini-batch holds all of its responses."""
+    keys = {**ESTIMATORS[estimator], "save_strategy": "no", **HELD_OUT, "val_size": 5}
+    samples = keys.get("ppo_num_samples", 1)
+    keys |= {"per_device_train_batch_size": 2, "lora_dropout": 0.0, "max_steps": 3}
+    alone = {**keys, "gradient_accumulation_steps": 2 * samples}
+    train(folder, tmp_path / "alone", **alone)
+    pair = keys_of(folder, tmp_path / "pair", **keys, gradient_accumulation_steps=samples)
+    in_process(folder, pair, tmp_path / "run", ranks=2)
+    one, two = told(tmp_path / "alone"), told(tmp_path / "pair")
+    assert len(one) == len(two)
+    for first, second in zip(one, two, strict=True):
+        assert set(first) == set(second)
+        for name, value in first.items():
+            assert second[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    learned = [
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "pair")
+    ]
+    for name, tensor in learned[0].items():
+        torch.testing.assert_close(learned[1][name], tensor, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_reward_server_of_its_own(folder: Path, tmp_path: Path, reward_dir: Path) -> None:
+    """`llmray reward-server` as a process, and `llmray train` as another."""
+    run = {"model_name_or_path": str(reward_dir), "template": "chatml", "use_cpu": True}
+    (tmp_path / "server.json").write_text(json.dumps(run))
+    command = [sys.executable, "-m", "llmray", "reward-server", str(tmp_path / "server.json")]
+    environ = {**os.environ, "API_PORT": "0", "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        address = next(
+            word.strip(".,")
+            for line in server.stderr
+            for word in line.split()
+            if word.startswith("http://")
+        )
+        threading.Thread(target=server.stderr.read, daemon=True).start()
+        keys = {"reward_model": address, "reward_model_type": "api", "max_steps": 2}
+        in_process(folder, keys_of(folder, tmp_path / "out", **keys), tmp_path / "run")
+    finally:
+        server.terminate()
+        server.wait(60)
+    log = [
+        record for record in read_log(tmp_path / "out" / "trainer_log.jsonl") if "loss" in record
+    ]
+    assert [record["current_steps"] for record in log] == [1, 2]
+    assert all(record["score"] != 0 for record in log)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import random
@@ -97,7 +98,11 @@ class RewardApi:
             RewardError: it refuses the request, or does not answer by the contract.
         """
         body = {"model": self._options.model, "messages": [answer.text for answer in answers]}
-        reply = self._attempts(json.dumps(body).encode())
+        content = json.dumps(body).encode()
+        named = "\n".join(answer.id for answer in answers).encode()
+        # alike at every attempt, and when a resumed run asks again
+        self._local.key = hashlib.blake2b(named + b"\n" + content, digest_size=16).hexdigest()
+        reply = self._attempts(content)
         return self._scores(reply, len(answers))
 
     def ping(self) -> None:
@@ -194,6 +199,7 @@ class RewardApi:
 
     def _exchange(self, connection: http.client.HTTPConnection, path: str, body: bytes) -> _Reply:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        headers["Idempotency-Key"] = self._local.key
         if self._options.token:
             headers["Authorization"] = f"Bearer {self._options.token}"
         deadline = time.monotonic() + self._options.timeout_s

@@ -311,3 +311,12 @@ def test_a_connection_that_was_used_before_has_the_same_time_limit(server):
     server.replies = [lambda handler: time.sleep(1.0)]
     with pytest.raises(HandleLost, match=r"no whole answer in 0\.5 s"):
         of.score(ANSWERS)
+
+
+def test_a_request_has_the_same_name_at_every_attempt_and_another_when_it_is_another(server):
+    server.replies = [{"status": 503, "headers": {"Retry-After": "0"}}]
+    api = RewardApi(server.address, ApiOptions(num_retries=1, backoff_s=0.001))
+    for asked in (ANSWERS, ANSWERS, ANSWERS[::-1]):
+        api.score(asked)
+    keys = [headers["Idempotency-Key"] for headers in server.headers]
+    assert keys[0] == keys[1] == keys[2] != keys[3]

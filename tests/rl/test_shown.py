@@ -121,8 +121,8 @@ def test_held_out_prompts_without_any_score():
 
 
 class Encoded:
-    def __init__(self, ids):
-        self.ids = np.array(ids, np.int32)
+    def __init__(self, ids, is_cut=False):
+        self.ids, self.is_cut = np.array(ids, np.int32), is_cut
 
 
 class Words:
