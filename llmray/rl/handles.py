@@ -5,9 +5,13 @@ A role that moves to a machine of its own changes its handle, not the loop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, Protocol
 
 from llmray.data.conversation import Conversation
@@ -64,6 +68,8 @@ class Scores(Protocol):
 class InProcess:
     """A handle of an object in this process; its methods run in threads of their own.
 
+    A call that never returns does not keep the process from ending.
+
     Args:
         name: for messages.
         served: what has the methods.
@@ -73,14 +79,44 @@ class InProcess:
     def __init__(self, name: str, served: Any, num_threads: int = 1) -> None:
         self.name = name
         self._served = served
-        self._threads = ThreadPoolExecutor(num_threads, f"handle-{name}")
+        self._calls: _Calls = SimpleQueue()
+        for _ in range(num_threads):
+            Thread(target=_serve, args=(self._calls,), name=f"handle-{name}", daemon=True).start()
+        self._end = weakref.finalize(self, _end, self._calls, num_threads)
 
     def call(self, method: str, *args: Any) -> Future[Any]:
         """Start a method of the object; `ping` is answered where it has none."""
-        if method == "ping" and not hasattr(self._served, "ping"):
-            return self._threads.submit(lambda: None)
-        return self._threads.submit(getattr(self._served, method), *args)
+        future: Future[Any] = Future()
+        called = getattr(self._served, method, None)
+        if called is None and method != "ping":
+            raise AttributeError(f"{self.name} has no method {method}")
+        self._calls.put((future, called or (lambda: None), args))
+        return future
 
     def close(self) -> None:
         """Let the running calls end, and start no more."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._end()
+
+
+_Calls = SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]
+
+
+def _serve(calls: _Calls) -> None:
+    """Make calls one after the other until there is a None."""
+    while (asked := calls.get()) is not None:
+        future, called, args = asked
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(called(*args))
+            except BaseException as error:  # a boundary: it is the caller's
+                future.set_exception(error)
+        del asked, future, called, args  # nothing is kept while waiting
+
+
+def _end(calls: _Calls, num_threads: int) -> None:
+    """Cancel what waits, and end the threads."""
+    with suppress(Empty):
+        while (asked := calls.get_nowait()) is not None:
+            asked[0].cancel()
+    for _ in range(num_threads):
+        calls.put(None)

@@ -119,8 +119,8 @@ def _run_file(place: Path) -> dict[str, Any] | None:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RewardError(
-            f"{path} cannot be read: {' '.join(str(error).split())}. The run file of a reward model says its template. "
-            "Mend it, or take it out."
+            f"{path} cannot be read: {' '.join(str(error).split())}. The run file of a reward "
+            "model says its template. Mend it, or take it out."
         ) from error
     return found if isinstance(found, dict) else {}
 

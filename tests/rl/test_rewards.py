@@ -1,7 +1,10 @@
 """Rewards from functions, and weighted sums of several sources through their pools."""
 
 import math
+import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -165,3 +168,46 @@ def test_handles_of_servers_and_functions(module):
 def test_names_in_metrics():
     models = ["org/rm", "/other/rm/", "own:score", "http://host/v1/score/evaluation", "rm"]
     assert names_of(models) == ["rm", "rm_2", "score", "evaluation", "rm_3"]
+
+
+HANGING = """
+import time
+from llmray.rl.handles import InProcess
+class Slow:
+    def score(self, answers):
+        time.sleep(10_000)
+InProcess("slow", Slow()).call("score", [])
+time.sleep(0.1)
+print("ends")
+"""
+
+
+def test_a_reward_that_hangs_does_not_keep_the_process_from_ending():
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == "ends\n"
+
+
+def test_a_closed_handle_starts_no_more_and_one_that_is_dropped_ends_its_threads():
+    entered, goes_on = threading.Event(), threading.Event()
+
+    class Waits:
+        def score(self, answers):
+            entered.set()
+            assert goes_on.wait(60)
+            return [1.0]
+
+    handle = InProcess("waits-for-close", Waits())
+    first, second = handle.call("score", []), handle.call("score", [])
+    assert entered.wait(60)
+    handle.close()
+    goes_on.set()
+    assert first.result(60) == [1.0]
+    assert second.cancelled()
+    InProcess("dropped", Waits(), 3)
+    deadline = time.monotonic() + 60
+    names = {"handle-dropped", "handle-waits-for-close"}
+    while any(thread.name in names for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
