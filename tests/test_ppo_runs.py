@@ -121,7 +121,7 @@ def test_a_run_goes_on_bitwise_from_a_checkpoint(
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"finetuning_type": "full", "learning_rate": 0.003},
     "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "learning_rate": 0.003},
-    "qlora": {"quantization_bit": 4},
+    "qlora": {"quantization_bit": 4, "model_name_or_path": "@wide"},
     "continued": {"adapter_name_or_path": "@continued"},
     "reference": {"ref_model": "@other"},
 }
@@ -136,6 +136,9 @@ def test_ways_to_tune(method: str, folder: Path, tmp_path: Path) -> None:
     }
     if method == "continued":
         train(folder, folder / "continued", max_steps=1, save_strategy="no")
+    if method == "qlora":
+        make_tokenizer(folder / "wide")
+        make_model(folder / "wide", hidden_size=64)
     if method == "reference":
         make_tokenizer(folder / "other")
         make_model(folder / "other", amplify=1.5)
@@ -202,7 +205,7 @@ def test_an_adapter_as_reward_model(
     alone = scorer_of(folder / "model", **run).score([answer.text for answer, _ in scored])
     assert [score for _, score in scored] == pytest.approx(alone, abs=1e-5)
     assert log[0]["score"] == pytest.approx(sum(alone[:4]) / 4, abs=1e-5)
-    assert all(answer.text.startswith("<|im_start|>system\n") for answer, _ in scored)
+    assert all(answer.text.startswith("<|im_start|>user\nSay ") for answer, _ in scored)
 
 
 def test_a_whole_reward_model_and_the_same_as_a_server(
