@@ -131,8 +131,8 @@ def parameters(model: str) -> int:
     return total
 
 
-def parse(description: str | None) -> argparse.Namespace:
-    """The command line; paths may come from the environment."""
+def parse(description: str | None, brief: str | None = None) -> argparse.Namespace:
+    """The command line; paths may come from the environment. `brief` says what --brief measures."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -146,6 +146,8 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write the figures here")
+    if brief is not None:
+        parser.add_argument("--brief", action="store_true", help=brief)
     return parser.parse_args()
 
 

@@ -439,17 +439,6 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
         "A reward adapter beside a policy without adapter is not built yet. Use "
         "reward_model_type: full.",
     ),
-    # The rotation gives the first row the answer of the last one. A stream that deals the first row
-    # before it has read the last cannot do it, whatever its buffer; pairing within the buffer would
-    # be another estimate, which follows buffer_size. What could be built holds the first row back
-    # to the end of each epoch, and keeps it and the answer before each row in checkpoints.
-    Combination(
-        ("streaming", "stage"),
-        lambda flat: flat["streaming"] and flat["stage"] == "kto",
-        "Stage kto puts each prompt before the answer of another row, in turn over the whole data "
-        "set: the first row gets the answer of the last, which a stream has not read by then. "
-        "Write streaming: false.",
-    ),
 )
 
 

@@ -18,10 +18,11 @@ import numpy as np
 
 from llmray.data import identity, planning, prepared, sources
 from llmray.data.file_rows import FileRows, FileSet, Ranks
+from llmray.data.mismatched import JudgedTable
 from llmray.data.planning import Plan
 from llmray.data.prepared import BuildShards, PreparedRef
 from llmray.data.quarantine import Quarantine
-from llmray.data.shards import Sample
+from llmray.data.shards import Sample, Table
 from llmray.data.sources import DataSet
 from llmray.data.stream_mixing import MixedRows, Mixing
 from llmray.data.streaming import Stream, StreamOptions, block
@@ -79,7 +80,7 @@ class Streamed:
     """An opened stream, and the rows to evaluate on by name."""
 
     train: Stream
-    eval: dict[str, MemoryTable]
+    eval: dict[str, Table]
 
 
 def ready(
@@ -148,6 +149,10 @@ def open_stream(
         sets = [each for each, own in zip(evaluation, names, strict=True) if own == name]
         rows = [row.sample for row in read(sets, "eval", Mixing()) if row.sample is not None]
         tables[name] = _table(rows, plan)
+    judged, opened = arguments.finetuning.stage == "kto", dict[str, Table](tables)
+    if judged:
+        cutoff_len = arguments.data.cutoff_len
+        opened = {name: JudgedTable(rows, cutoff_len, name) for name, rows in tables.items()}
     training = arguments.training
     options = StreamOptions(
         per_device=training.per_device_train_batch_size,
@@ -157,8 +162,9 @@ def open_stream(
         block_len=plan.block_len,
         held_out=held_out,
         drop_last=training.dataloader_drop_last,
+        judged_len=arguments.data.cutoff_len if judged else None,
     )
-    return Streamed(Stream(read(train, "train"), options, quarantine), tables)
+    return Streamed(Stream(read(train, "train"), options, quarantine), opened)
 
 
 def _sets(arguments: RunArguments, root: Path) -> tuple[list[DataSet], list[DataSet]]:

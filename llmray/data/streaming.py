@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from llmray.data.batches import check_order, check_step, share
+from llmray.data.mismatched import Rotation
 from llmray.data.quarantine import Quarantine
 from llmray.data.shards import Sample
 from llmray.data.stream_mixing import MixedRows
@@ -32,7 +33,8 @@ class StreamOptions:
 
     `block_len` lays the tokens of all rows into blocks; `buffer_size` of None keeps the order of
     the files. `held_out` has numbers of rows that are not given. `drop_last` leaves out the last
-    step of an epoch when it is not full.
+    step of an epoch when it is not full. With `judged_len`, the most tokens of a row, each comes
+    with the answer of another one.
     """
 
     per_device: int
@@ -42,6 +44,7 @@ class StreamOptions:
     block_len: int | None = None
     held_out: frozenset[tuple[int, int]] = frozenset()
     drop_last: bool = False
+    judged_len: int | None = None
 
 
 @dataclass
@@ -71,6 +74,7 @@ class Stream:
         self._at = _Position()
         self._buffer: list[Sample] = []
         self._rest = np.empty(0, np.int32)  # tokens that do not fill a block yet
+        self._rotation = None if options.judged_len is None else Rotation(options.judged_len)
         self._random: tuple[tuple[int, int], np.ndarray] | None = None
         self._rows = self._shuffled()
 
@@ -99,6 +103,7 @@ class Stream:
             "rows": self._source.state(),
             "rest": self._rest.tolist(),
             "buffer": pack_samples(self._buffer),
+            "rotation": pack_samples([] if self._rotation is None else self._rotation.waiting()),
             "seed": self._options.seed,
             "buffer_size": self._options.buffer_size,
             "global_batch": self.global_batch,
@@ -118,6 +123,8 @@ class Stream:
         self._source.start(state["rows"])
         self._rest = np.array(state["rest"], np.int32)
         self._buffer = unpack_samples(state["buffer"])
+        if self._rotation is not None:
+            self._rotation.wait(unpack_samples(state["rotation"]))
         self._rows = self._shuffled()
 
     def _take(self) -> list[Sample]:
@@ -168,7 +175,8 @@ class Stream:
         """Rows, or blocks of their tokens, in the order of the files."""
         block_len = self._options.block_len
         if block_len is None:
-            yield from self._kept()
+            kept = self._kept()
+            yield from kept if self._rotation is None else self._rotation.over(kept)
             return
         rows = self._kept()
         while True:
@@ -201,8 +209,14 @@ def pack_samples(samples: Sequence[Sample]) -> dict[str, Any]:
     import torch
 
     packed: dict[str, Any] = {}
+    others = [sample.mismatched for sample in samples if sample.mismatched is not None]
+    if others:  # all rows have one, or none has
+        packed["mismatched"] = pack_samples(others)
     for field in fields(Sample):
-        arrays = [getattr(sample, field.name) for sample in samples]
+        if field.name == "mismatched":
+            continue
+        values = [getattr(sample, field.name) for sample in samples]
+        arrays = [np.array([v]) if isinstance(v, bool) else v for v in values]
         present = [array for array in arrays if array is not None]
         if present:
             sizes = [-1 if array is None else len(array) for array in arrays]
@@ -217,11 +231,14 @@ def unpack_samples(packed: Mapping[str, Any]) -> list[Sample]:
     """The samples that `pack_samples` got."""
     columns: dict[str, list[Any]] = {}
     for name, column in packed.items():
+        if name == "mismatched":
+            columns[name] = unpack_samples(column)
+            continue
         values, at = column["values"].numpy(), 0
         arrays: list[Any] = []
         for size in column["sizes"].tolist():
             arrays.append(None if size < 0 else values[at : at + size].copy())
             at += max(size, 0)
-        columns[name] = arrays
+        columns[name] = [bool(a[0]) for a in arrays] if name == "is_wanted" else arrays
     count = len(columns["input_ids"]) if columns else 0
     return [Sample(**{name: arrays[i] for name, arrays in columns.items()}) for i in range(count)]

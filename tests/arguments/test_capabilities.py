@@ -203,7 +203,6 @@ COMBINED = {
     },
     ("use_asft_loss", "finetuning_type"): {"use_asft_loss": True},
     ("reward_model_type", "finetuning_type"): {"stage": "ppo", "finetuning_type": "full"},
-    ("streaming", "stage"): {"streaming": True, "stage": "kto"},
 }
 
 

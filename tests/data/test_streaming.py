@@ -595,3 +595,53 @@ def test_a_row_that_becomes_several_stays_together(
         assert text(again) == made[-1]
     assert made == expected
     assert len(made) > 16
+
+
+def test_judged_rows_of_a_stream_are_those_of_the_table(
+    folder: Path, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """Each with the answer of the row before; the first comes last. At any step it goes on."""
+    rows = [
+        {"instruction": f"Say {i}.", "output": "word " * (i % 4 + 1), "kto_tag": i % 3 > 0}
+        for i in range(9)
+    ]
+    (folder / "judged.json").write_text(json.dumps(rows))
+    info = {"judged": {"file_name": "judged.json", "columns": {"kto_tag": "kto_tag"}}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    keys: dict[str, Any] = {"dataset": "judged", "stage": "kto", "disable_shuffling": True}
+    keys["per_device_train_batch_size"] = 1
+    plain = arguments(folder, **keys, streaming=False)
+    table = prepared.open(prepared.ensure(plain, tiny_llama_dir, root=tmp_path)).train
+
+    def told(row: Any) -> tuple[Any, ...]:
+        other = row.mismatched
+        masks = row.target_mask.tolist(), other.target_mask.tolist()
+        return (row.input_ids.tolist(), row.is_wanted, other.input_ids.tolist(), *masks)
+
+    expected = [told(table[index % 9]) for index in range(1, 10)]
+
+    def stream(**more: Any) -> streaming.Stream:
+        given = arguments(folder, **keys | more)
+        return access.open_stream(given, tiny_llama_dir, root=tmp_path, ranks=Ranks()).train
+
+    first = stream()
+    for row in expected * 2:
+        second = stream()
+        second.load_state_dict(first.state_dict())
+        [[made]] = first.step()
+        [[again]] = second.step()
+        assert told(made) == told(again) == row
+    shuffled = stream(disable_shuffling=False, buffer_size=4)
+    made = [told(row) for _ in expected for [row] in shuffled.step()]
+    assert sorted(made) == sorted(expected)
+    assert made != expected
+
+
+def test_a_judged_row_alone_is_refused(folder: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    (folder / "judged.json").write_text('[{"instruction": "a", "output": "b", "tag": true}]')
+    info = {"judged": {"file_name": "judged.json", "columns": {"kto_tag": "tag"}}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    given = arguments(folder, dataset="judged", stage="kto")
+    stream = access.open_stream(given, tiny_llama_dir, root=tmp_path, ranks=Ranks()).train
+    with pytest.raises(DataError, match="kto has a stream of one row"):
+        stream.step()

@@ -180,8 +180,9 @@ def test_the_reference_is_asked_once_and_then_known(
         {"pref_bco_weight": 1.0, "pref_loss": "kto_pair"},
         {"stage": "kto"},
         {"stage": "kto", "precompute_ref_logps": False, "adapter_name_or_path": "@adapter"},
+        {"stage": "kto", "streaming": True, "val_size": 3, "do_eval": True},
     ],
-    ids=["adapter off", "copy", "statistics", "kto", "kto on an adapter"],
+    ids=["adapter off", "copy", "statistics", "kto", "kto on an adapter", "kto of a stream"],
 )
 def test_a_resumed_run_equals_the_undisturbed_one(site: Site, keys: dict[str, Any]) -> None:
     keys = {**keys, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 3}
