@@ -31,6 +31,7 @@ from llmray.arguments.problems import (
 from llmray.arguments.rules import RULES
 from llmray.arguments.run import FIELDS, GROUP_OF, GROUPS
 from llmray.arguments.settings import OPTIMIZER_SETTINGS, SCHEDULE_SETTINGS
+from llmray.arguments.tune import SCHEDULERS, TuneSection
 
 DOCS = Path(__file__).parents[2] / "docs"
 WIDTH = 88
@@ -45,6 +46,7 @@ _SCHEMAS: dict[Any, dict[str, Any]] = {
     tuple[str, ...]: {"type": ["array", "string"], "items": {"type": "string"}},
     tuple[float, ...]: {"type": ["array", "string", "number"], "items": {"type": "number"}},
     dict[str, Any]: {"type": "object"},
+    tuple[dict[str, Any], ...]: {"type": "array", "items": {"type": "object"}},
 }
 _LIMITS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
@@ -85,6 +87,7 @@ def describe(keys: Sequence[str] = ()) -> str:
 def json_schema() -> str:
     """A JSON schema of run files, for editors."""
     properties = {key: _property(key, field) for key, field in FIELDS.items()}
+    properties["tune"] |= _section_schema()
     for name, key in ALIASES.items():
         properties[name] = properties[key] | {"deprecated": True, "description": f"See {key}."}
     for name in CONVERTED:
@@ -107,7 +110,9 @@ def markdown() -> str:
         head = "| key | takes | default | meaning | |\n|---|---|---|---|---|"
         title = (group.__doc__ or "").strip().splitlines()[0]
         parts.append("\n".join([f"## {name}\n\n{title}\n", head, *rows, ""]))
-    return "\n".join([*parts, _settings(), _other_names(), _contradictions(), _environment()])
+    return "\n".join(
+        [*parts, _settings(), _sweeps(), _other_names(), _contradictions(), _environment()]
+    )
 
 
 def write(directory: Path = DOCS) -> None:
@@ -162,6 +167,13 @@ def _default(field: FieldInfo) -> str:
 
 
 def _property(key: str, field: FieldInfo) -> dict[str, Any]:
+    described = _described(field)
+    if key in NOT_BUILT and not is_partial(key):
+        described["description"] = f"{field.description} (Not built yet.)"
+    return described
+
+
+def _described(field: FieldInfo) -> dict[str, Any]:
     fixed = list(choices(field))
     if fixed:
         values: dict[str, Any] = {"enum": [*fixed, None] if is_optional(field) else fixed}
@@ -170,8 +182,6 @@ def _property(key: str, field: FieldInfo) -> dict[str, Any]:
     described: dict[str, Any] = {"description": field.description, **values}
     if field.get_default() is not None:
         described["default"] = as_plain(field.get_default())
-    if key in NOT_BUILT and not is_partial(key):
-        described["description"] = f"{field.description} (Not built yet.)"
     return described
 
 
@@ -218,6 +228,31 @@ def _settings() -> str:
             + "\n".join([head, *rows, ""])
         )
     return "\n".join(parts)
+
+
+def _sweeps() -> str:
+    """What the section of a sweep holds, and the settings of each scheduler."""
+    fields = TuneSection.model_fields
+    head = "| key | takes | default | meaning |\n|---|---|---|---|"
+    rows = [
+        f"| `{key}` | {requirement(field)} | {_setting_default(field)} | {field.description} |"
+        for key, field in fields.items()
+    ]
+    of = "| of | setting | takes | default | meaning |\n|---|---|---|---|---|"
+    settings = [
+        f"| `{name}` | `{setting}` | {requirement(field)} | {_setting_default(field)} | "
+        f"{field.description} |"
+        for name, group in SCHEDULERS.items()
+        for setting, field in group.model_fields.items()
+    ]
+    title = "## The section tune\n\nWhat `llmray tune` reads; [tune.md](tune.md) says more.\n"
+    return "\n".join([title, head, *rows, "\n### Schedulers\n", of, *settings, ""])
+
+
+def _section_schema() -> dict[str, Any]:
+    """What the section of a sweep holds, for editors."""
+    values = {key: _described(field) for key, field in TuneSection.model_fields.items()}
+    return {"properties": values, "additionalProperties": False}
 
 
 def _setting_default(field: FieldInfo) -> str:

@@ -30,15 +30,17 @@ class TuneArguments(Group):
     """What `llmray tune` varies."""
 
     tune: Object | None = Field(
-        None, description="Search space over keys, metric, mode and scheduler of a sweep."
+        None,
+        description="What `llmray tune` searches and how it compares: search, variants, searcher, "
+        "num_samples, metric, mode, scheduler, max_concurrent, time_budget_s, seed (docs/tune.md).",
     )
 
 
 class TuneSection(Group):
     """What the section `tune` of a run file may hold."""
 
-    search: Object = Field(
-        default_factory=dict,
+    search: Object | None = Field(
+        None,
         description="Keys to search, each with a distribution: choice, grid, uniform, loguniform, "
         "quniform or randint; `when` makes it count beside certain values of others alone.",
     )
@@ -196,7 +198,7 @@ def sweep_of(arguments: RunArguments) -> Sweep:
 def resolve(arguments: RunArguments) -> tuple[Sweep, list[Problem]]:
     """The sweep of a run, without what is wrong in it, and what is wrong with its form."""
     section, problems = _section(arguments.tune.tune or {})
-    space, wrong = parse(section.search, section.variants)
+    space, wrong = parse(section.search or {}, section.variants)
     problems += wrong
     if not (section.search or section.variants or problems):
         problems.append(

@@ -30,7 +30,7 @@ def table(sweep: Sweep, results: Sequence[TrialResult]) -> str:
                 f"{result.seconds:.0f}",
             ]
         )
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def progress(
@@ -99,7 +99,7 @@ def _cell(value: object) -> str:
     return text if len(text) <= LONGEST_CELL else text[: LONGEST_CELL - 1] + "…"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows with columns as wide as they need; numbers stand right."""
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     numeric = [all(_is_number(row[place]) for row in rows[1:]) for place in range(len(rows[0]))]

@@ -81,6 +81,10 @@ def test_the_schema_takes_run_files_and_refuses_mistakes():
             "placement_strategy": None,
         }
     )
+    section = {"search": {"lora_rank": {"choice": [4]}}, "scheduler": {"asha": {}}, "variants": []}
+    assert validator.is_valid({"tune": section | {"num_samples": 3, "mode": "max"}})
+    assert not validator.is_valid({"tune": section | {"num_sample": 3}})
+    assert not validator.is_valid({"tune": section | {"searcher": "optune"}})
     for mistake in ({"lora_rnk": 8}, {"lora_rank": 0}, {"stage": "xyz"}, {"plot_loss": 3}):
         assert not validator.is_valid(mistake)
 
