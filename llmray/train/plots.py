@@ -29,8 +29,12 @@ RUN_LINES = ("-", "--", ":", "-.")
 Points = list[tuple[int, float]]
 
 
+# ends of the keys of evaluations that are drawn unasked
+JUDGED = ("_loss", "_accuracy", "_margin", "rewards/accuracies", "rewards/margins")
+
+
 class Plots(Observer):
-    """training_<key>.png, drawn at the end: loss, losses and accuracies of evaluations, `keys`."""
+    """training_<key>.png, drawn at the end: loss, what evaluations are judged by, `keys`."""
 
     def __init__(self, directory: Path, keys: Sequence[str] = ()) -> None:
         self.directory = directory
@@ -170,7 +174,7 @@ def _no_key(place: str, key: str, logged: Sequence[str]) -> str:
 
 
 def _is_evaluation(key: str) -> bool:
-    return key.startswith("eval_") and key.endswith(("_loss", "_accuracy", "_margin"))
+    return key.startswith("eval_") and key.endswith(JUDGED)
 
 
 def _names(places: Sequence[str]) -> list[str]:

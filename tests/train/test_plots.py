@@ -46,9 +46,11 @@ def lines(figure: Figure) -> dict[str, list[tuple[float, float]]]:
 def test_loss_and_evaluations_are_drawn_and_named_keys_besides(tmp_path):
     records = [{"loss": 1.0, "lr": 0.1, "rewards/chosen": 0.5}, {"loss": 0.5, "eval_loss": 0.4}]
     records.append({"eval_a_loss": 1.0, "eval_accuracy": 0.5, "eval_runtime": 3.0})
+    records[-1] |= {"eval_rewards/margins": 0.1, "eval_rewards/accuracies": 0.6, "eval_kl": 0.0}
     Plots(write_log(tmp_path, records), ["rewards/chosen"]).on_end({})
     pictures = {path.name for path in tmp_path.glob("*.png")}
     keys = ("loss", "eval_loss", "eval_a_loss", "eval_accuracy", "rewards_chosen")
+    keys += ("eval_rewards_margins", "eval_rewards_accuracies")
     assert pictures == {f"training_{key}.png" for key in keys}
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
