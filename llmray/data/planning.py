@@ -128,7 +128,7 @@ def make_plan(job: Job, arguments: RunArguments, model_dir: Path) -> Plan:
     renderer = renderer_of(data, loaded, stage)
     packs = data.packs(stage)
     block_len = data.cutoff_len if packs and stage == "pt" else None
-    bin_len = _bin_len(data.cutoff_len, stage) if packs and stage != "pt" else None
+    bin_len = longest_row(data.cutoff_len, stage) if packs and stage != "pt" else None
     template = templates.find(data.template) if data.template else None
     if template is not None and renderer is not None:
         _warn_of_plain_text(data.template, template.end_of_turn, loaded)
@@ -195,8 +195,8 @@ def end_token(data: DataArguments, loaded: Any) -> int | None:
     return int(loaded.eos_token_id)
 
 
-def _bin_len(cutoff_len: int, stage: str) -> int:
-    """Tokens of a bin: of two answers each may be as long as cutoff_len with their prompt."""
+def longest_row(cutoff_len: int, stage: str) -> int:
+    """Tokens of a row at most: of a pair each answer may take cutoff_len with the prompt."""
     return 2 * cutoff_len if stage in ("rm", "dpo") else cutoff_len
 
 

@@ -19,6 +19,7 @@ from llmray.data.access import StreamRef
 from llmray.data.batches import Batches
 from llmray.data.collate import collate
 from llmray.data.file_rows import Ranks
+from llmray.data.planning import longest_row
 from llmray.data.prepared import PreparedRef, Table
 from llmray.data.streaming import Stream
 from llmray.train.parallel import World
@@ -84,11 +85,12 @@ def open_feed(
     if isinstance(ref, StreamRef):
         ranks = Ranks(world.rank, world.world_size, world.gather)
         root = environment.cache_directory(os.environ) / "prepared"
+        longest = longest_row(arguments.data.cutoff_len, arguments.finetuning.stage)
         opened = access.open_stream(arguments, model_dir, root=root, ranks=ranks)
         return Feed(
             batches=opened.train,
             steps_per_epoch=options.max_steps,
-            lengths=np.full(options.per_device_train_batch_size, arguments.data.cutoff_len),
+            lengths=np.full(options.per_device_train_batch_size, longest),
             evals=opened.eval,
         )
     tables = prepared.open(ref)

@@ -16,6 +16,7 @@ from tiny import make_model, make_tokenizer
 
 from llmray.errors import ArgumentsError, CheckpointError
 from llmray.train import reference
+from llmray.train.feed import open_feed
 from llmray.train.observers import read_log
 
 
@@ -310,3 +311,12 @@ def test_steps_with_fewer_rows_than_micro_batches_know_their_reference(
     logs = [site.log(**keys, precompute_ref_logps=wish) for wish in (True, False)]
     for known, asked in zip(*logs, strict=True):
         assert known["loss"] == pytest.approx(asked["loss"], abs=1e-5)
+
+
+def test_the_longest_row_of_a_stream_of_pairs_holds_both_answers(site: Site) -> None:
+    """By it memory is estimated, since the lengths of a stream are not known."""
+    for stage, longest in (("dpo", 192), ("rm", 192), ("kto", 96)):
+        arguments = site.arguments(stage=stage, streaming=True)
+        context = site.context(arguments)
+        feed = open_feed(arguments, context.prepared, context.model_dir, context.world)
+        assert feed.lengths.tolist() == [longest] * 4
