@@ -32,6 +32,7 @@ class Measured:
     peak_mib: float  # resident, of the largest process
     wall: float  # of the whole process
     step_tokens: list[int] = field(default_factory=list)  # where the figures have them
+    steps: list[dict[str, float]] = field(default_factory=list)  # as the program wrote them
 
     @property
     def rate(self) -> float:
@@ -96,6 +97,7 @@ def measure_steps(
         peak_mib=peak,
         wall=wall,
         step_tokens=[step["tokens"] for step in steps],
+        steps=steps,
     )
 
 

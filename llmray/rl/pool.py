@@ -82,13 +82,13 @@ class _Piece:
     places: list[tuple[_Submission, int]]
     attempts: int = 0
     avoided: Handle | None = None
+    tokens: int = field(init=False)
 
-    @property
-    def tokens(self) -> int:
-        return sum(answer.num_tokens for answer in self.answers)
+    def __post_init__(self) -> None:
+        self.tokens = sum([answer.num_tokens for answer in self.answers])
 
     def part(self, which: slice) -> _Piece:
-        return replace(self, answers=self.answers[which], places=self.places[which])
+        return _Piece(self.answers[which], self.places[which], self.attempts, self.avoided)
 
 
 class _Queue:
@@ -131,7 +131,7 @@ class _Member:
 
     @property
     def tokens(self) -> int:
-        return sum(call.piece.tokens for call in self.calls)
+        return sum([call.piece.tokens for call in self.calls])
 
 
 @dataclass(eq=False)
@@ -207,14 +207,12 @@ class Pool:
     def _run(self) -> None:
         while True:
             self._dispatch()
-            try:
+            with suppress(Empty):
                 event = self._events.get(timeout=self._pause())
-            except Empty:
-                self._look_at_clock()
-                continue
-            if event is None:
+                while event is not None:
+                    event()
+                    event = self._events.get_nowait()
                 break
-            event()
             self._look_at_clock()
         self._fail_all(RewardError("the pool of reward models was closed"))
 
@@ -223,7 +221,8 @@ class Pool:
         size = len(whole.answers)
         if self._options.batching == "arrival":
             return [whole.part(slice(i, i + 1)) for i in range(size)]
-        budget = self._share(whole.tokens, len(self._members) * self._options.slots)
+        slots = len(self._members) * self._options.slots
+        budget = min(self._options.batch_tokens, math.ceil(whole.tokens / slots))
         pieces, start = [], 0
         while start < size:
             stop = _fill([answer.num_tokens for answer in whole.answers[start:]], budget) + start
@@ -231,24 +230,33 @@ class Pool:
             start = stop
         return pieces
 
-    def _share(self, tokens: int, slots: int) -> int:
-        return min(self._options.batch_tokens, math.ceil(tokens / slots))
-
     def _dispatch(self) -> None:
         while self._waiting.pieces:
             free = [m for m in self._members if self._slots(m)]
             if not free:
                 return
-            piece = self._next_piece(sum(map(self._slots, free)))
-            others = [m for m in free if m.handle is not piece.avoided] or free
-            self._send(piece, min(others, key=lambda m: m.tokens))
+            avoided = self._waiting.pieces[0].avoided
+            others = [m for m in free if m.handle is not avoided] or free
+            member = min(others, key=lambda m: m.tokens)
+            self._send(self._next_piece(self._budget(member)), member)
+
+    def _budget(self, member: _Member) -> int:
+        """Tokens that bring a member to its share of all that is waiting or under way.
+
+        By its free slots: what waits for another batch of the same member may yet go elsewhere.
+        """
+        there = [m for m in self._members if not m.is_out]
+        slots, waiting = self._options.slots, self._waiting.tokens
+        share = (waiting + sum([m.tokens for m in there])) / len(there)
+        missing = (share - member.tokens) / self._slots(member)
+        least = waiting / (len(there) * slots)
+        return min(self._options.batch_tokens, math.ceil(max(missing, least)))
 
     def _slots(self, member: _Member) -> int:
         return 0 if member.is_out else self._options.slots - len(member.calls)
 
-    def _next_piece(self, slots: int) -> _Piece:
+    def _next_piece(self, budget: int) -> _Piece:
         """The piece at the head; where batches follow arrival, with those behind it."""
-        budget = self._share(self._waiting.tokens, slots)
         piece = self._waiting.pop()
         if self._options.batching == "fixed" or piece.attempts:
             return piece
@@ -297,9 +305,9 @@ class Pool:
         if problem is not None:
             self._split(member, piece, RewardError(f"{member.handle.name} {problem}"))
             return
+        self._count(scored=sum(map(math.isfinite, scores)))
         for i, score in enumerate(scores):
             if math.isfinite(score):
-                self._count(scored=1)
                 self._settle(*piece.places[i], float(score))
             else:
                 told = RewardError(f"{member.handle.name} gave the score {score}")
@@ -420,7 +428,7 @@ class Pool:
     def _deadline(self, member: _Member) -> float:
         """When a member counts as hung: without any answer, or one call long behind the others."""
         limit = self._options.request_timeout_s
-        oldest = min(call.started for call in member.calls)
+        oldest = member.calls[0].started  # the others were sent later
         return min(member.progress + limit, oldest + limit * self._options.slots)
 
     def _pause(self) -> float | None:
