@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmray.errors import ArgumentsError, LlmrayError
@@ -104,12 +105,10 @@ def _explain(key: str, words: list[str]) -> int:
 def train(words: list[str]) -> int:
     """Train or evaluate as the run file says: on Ray, under torchrun, or in this process."""
     _speak()
+    from llmray.arguments.sweep_file import refuse_section
+
     arguments = _with_absolute_paths(_load(words))
-    if arguments.tune.tune:
-        raise ArgumentsError(
-            "The run file has a section tune, and `llmray train` trains once. Write `llmray tune`, "
-            "or tune=null behind the file."
-        )
+    refuse_section(arguments)
     asked = arguments.training
     if not (asked.do_train or asked.do_eval or asked.do_predict):
         raise ArgumentsError(
@@ -134,12 +133,18 @@ def train(words: list[str]) -> int:
 def tune(words: list[str]) -> int:
     """Run a sweep: trials of the run file that differ in the keys of its section `tune`."""
     _speak()
-    resumes = "resume=true" in words
-    arguments = _with_absolute_paths(_load([word for word in words if word != "resume=true"]))
+    from llmray.arguments.sweep_file import load_sweep
+
+    asked = load_sweep(words)
+    arguments = _with_absolute_paths(asked.arguments)
+    if asked.is_dry:
+        from llmray.sweep import dry_run
+
+        return dry_run.show(arguments)
     _before_training(arguments)
     from llmray.orchestration import tune_job
 
-    return tune_job.tune(arguments, resumes=resumes)
+    return tune_job.tune(arguments, resumes=asked.resumes)
 
 
 def prepare(words: list[str]) -> int:
@@ -155,8 +160,6 @@ def prepare(words: list[str]) -> int:
             "streaming=true reads the data while training: there is nothing to prepare. Write "
             "streaming: false, or train."
         )
-    from time import perf_counter
-
     from llmray import preparation
 
     started = perf_counter()
@@ -273,10 +276,7 @@ def args(words: list[str]) -> int:
     options = parser.parse_args(words)
     from llmray.arguments import reference
 
-    if options.json_schema:
-        print(reference.json_schema())
-    else:
-        print(reference.describe(options.key))
+    print(reference.json_schema() if options.json_schema else reference.describe(options.key))
     return 0
 
 
@@ -318,7 +318,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "tune": Command(
         tune,
-        "tune RUN.yaml [key=value | --key value ...] [resume=true]",
+        "tune RUN.yaml [SWEEP.yaml] [key=value | tune.KEY=value ...] [resume=true] [--dry-run]",
         "run trials that differ in the keys of the section tune, and keep the best run file",
         RUN_FILE_HELP + TUNE_HELP,
     ),

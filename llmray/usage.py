@@ -59,6 +59,8 @@ The section tune of the run file says what is searched and how trials are compar
     num_samples: 8
     scheduler: asha
 
+The section may also be a file of its own, SWEEP.yaml; tune.num_samples=4 changes a key of it.
+--dry-run tells trials, resources and expected cost, and starts nothing.
 Results are results.csv, best.yaml and tune.png in output_dir; each trial has a folder there.
 resume=true goes on with a sweep whose driver was stopped or killed, and repeats no trial that had
 ended.

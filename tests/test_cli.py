@@ -83,6 +83,8 @@ def test_no_words_is_an_error_that_shows_the_help(capsys: pytest.CaptureFixture[
         (["zzz"], "There are train, check"),
         (["check"], "No run file was given"),
         (["version", "now"], "takes no words"),
+        (["tune"], "has no section tune"),
+        (["tune", "model_name_or_path=m", "resume=perhaps"], "true or false is required"),
     ],
 )
 def test_wrong_command_lines_are_explained(
@@ -278,3 +280,35 @@ def test_a_tracker_that_cannot_be_used_is_said_before_anything_is_loaded(
 def test_a_stream_is_not_prepared(run_file: Path) -> None:
     words = ["prepare", str(run_file), "streaming=true", "max_steps=4"]
     assert cli.main(words) == 2
+
+
+SECTION = """
+val_size: 4
+eval_strategy: steps
+max_steps: 10
+tune:
+  search:
+    lora_rank: {grid: [4, 8]}
+"""
+
+
+def test_a_sweep_is_told_before_it_starts(
+    run_file: Path, tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_file.write_text(RUN + SECTION)
+    data = Path(__file__).parents[1] / "data"
+    words = [str(run_file), f"model_name_or_path={tiny_llama_dir}", f"dataset_dir={data}"]
+    assert cli.main(["tune", *words, "--dry-run", "tune.max_concurrent=2"]) == 0
+    said = capsys.readouterr().out
+    assert "2 trials, searcher grid" in said
+    assert "2 trials at a time" in said
+    assert "20 of all trials together" in said
+    assert not Path("saves/x").exists()
+
+
+def test_a_run_file_with_a_sweep_is_not_trained_once(
+    run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_file.write_text(RUN + SECTION)
+    assert cli.main(["train", str(run_file)]) == 2
+    assert "Sweep with `llmray tune`" in capsys.readouterr().err

@@ -61,6 +61,8 @@ def test_there_is_a_config_for_each_way_to_run() -> None:
     assert runs["sft_lora_ray_cpu"].cluster.resources == {"CPU": 1}
     on_gpus = runs["sft_lora_ray_gpu"].cluster
     assert (on_gpus.num_workers, on_gpus.resources) == (4, {"GPU": 1})
+    searched = {path: set(run.tune.tune["search"]) for path, run in runs.items() if run.tune.tune}
+    assert searched == {"tune_sft": {"lora_rank", "learning_rate"}, "tune_dpo": {"pref_beta"}}
     assert [path.stem for path in CONFIGS if asks_for_gpus(path)] == ["sft_lora_ray_gpu"]
 
 
@@ -102,7 +104,9 @@ def run_shortly(path: Path, model: Path, cache: Path, folder: Path, **more: obje
     if arguments.model.adapter_name_or_path and "adapter_name_or_path" not in more:
         trained = run_shortly(ROOT / "configs" / "sft_lora.yaml", model, cache, folder / "before")
         words["adapter_name_or_path"] = trained
-    if arguments.ray_enabled:
+    if arguments.tune.tune:
+        command = "tune"
+    if arguments.ray_enabled or arguments.tune.tune:
         words["ray_storage_path"] = folder / "ray"
     folder.mkdir(exist_ok=True)
     environ = {**os.environ, "LLMRAY_CACHE": str(cache), "RAY_AUTH_MODE": "disabled"}
@@ -135,7 +139,10 @@ def test_config_runs_on_the_real_model(
     output = run_shortly(path, *real_model, tmp_path)
     if arguments.export.export_dir is not None:
         assert {"model.safetensors", "Modelfile", "README.md"} <= {p.name for p in output.iterdir()}
-    if options.do_train:
+    if arguments.tune.tune:
+        assert {"results.csv", "best.yaml", "tune.png"} <= {p.name for p in output.iterdir()}
+        load(output / "best.yaml", environ={})
+    elif options.do_train:
         results = json.loads((output / "train_results.json").read_text())
         assert 0 < results["train_loss"] < 12
         assert list(output.glob("*.safetensors"))

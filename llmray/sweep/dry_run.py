@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
-
 from llmray import hub, store
-from llmray.arguments import derived
+from llmray.arguments import derived, environment
 from llmray.arguments.problems import shown
 from llmray.arguments.run import RunArguments
 from llmray.arguments.space import Dimension, Values
-from llmray.arguments.tune import Sweep
-from llmray.data.batches import Batches
+from llmray.arguments.tune import Sweep, sweep_of
 from llmray.model.architecture import UnknownSizesError
 from llmray.model.memory import Estimate, estimate_for, gigabytes
 from llmray.sweep.report import aligned
@@ -48,6 +46,17 @@ class Plan:
     memory: Mapping[str, Estimate]
 
 
+def show(base: RunArguments) -> int:
+    """Print what the sweep of a run file would do; returns the exit code.
+
+    Raises:
+        LlmrayError: a model or a data set is missing.
+    """
+    sweep = sweep_of(base)
+    print(text(base, sweep, plan(base, sweep, root=environment.prepared_directory(os.environ))))
+    return 0
+
+
 def plan(base: RunArguments, sweep: Sweep, *, root: Path) -> Plan:
     """Look at a sweep.
 
@@ -68,7 +77,7 @@ def plan(base: RunArguments, sweep: Sweep, *, root: Path) -> Plan:
         name: length
         for key, names in places.items()
         for name in names
-        if (length := _length(runs[name], rows[key])) is not None
+        if (length := length_of(runs[name], rows[key])) is not None
     }
     memory = {name: found for name, run in runs.items() if (found := _memory(run)) is not None}
     return Plan(sweep.num_samples if asks else len(trials), trials, rows, lengths, memory)
@@ -106,25 +115,6 @@ def _rows(key: str, root: Path) -> int | None:
     if not store.is_committed(place):
         return None
     return int(store.read_manifest(place).metadata["counts"]["train_rows"])
-
-
-def _length(run: RunArguments, rows: int | None) -> Length | None:
-    """How many updates a trial makes; None where that follows from rows that are not known yet."""
-    options = run.training
-    if rows is None:
-        return length_of(run, options.max_steps) if options.max_steps > 0 else None
-    rollouts = run.rlhf.ppo_buffer_size if run.finetuning.stage == "ppo" else 1
-    batches = Batches(
-        np.ones(rows, dtype=np.int32),
-        options.per_device_train_batch_size,
-        options.gradient_accumulation_steps * rollouts,
-        run.cluster.num_workers,
-        0,
-        seed=0,
-        order="sequential",
-        drop_last=options.dataloader_drop_last,
-    )
-    return length_of(run, batches.steps_per_epoch)
 
 
 def _memory(run: RunArguments) -> Estimate | None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from llmray.arguments.run import RunArguments
 from llmray.arguments.tune import Scheduler
+from llmray.data.batches import Batches
 
 
 @dataclass(frozen=True)
@@ -51,18 +54,40 @@ def settings(scheduler: Scheduler, length: Length) -> dict[str, Any]:
     return found
 
 
-def length_of(arguments: RunArguments, steps_per_epoch: int) -> Length:
-    """The length of a run whose evaluations follow from its keys.
+def length_of(run: RunArguments, rows: int | None) -> Length | None:
+    """How many updates a run makes, and how many lie between its evaluations.
 
     Args:
-        arguments: of the run.
-        steps_per_epoch: updates in a pass over its rows.
+        run: its arguments.
+        rows: to train on, packed ones as such; None where they are not known, of a stream too.
+
+    Returns: None where the length follows from rows that are not known.
     """
     from llmray.train.loop import cadence
 
-    found = cadence(arguments.training, steps_per_epoch)
-    every = found.eval_steps or found.total_steps
-    return Length(found.total_steps, steps_per_epoch, every)
+    options = run.training
+    if rows is None and options.max_steps <= 0:
+        return None
+    per_epoch = options.max_steps if rows is None else _steps_per_epoch(run, rows)
+    found = cadence(options, per_epoch)
+    return Length(found.total_steps, per_epoch, found.eval_steps or found.total_steps)
+
+
+def _steps_per_epoch(run: RunArguments, rows: int) -> int:
+    options = run.training
+    # a step of ppo is a rollout batch
+    rollouts = run.rlhf.ppo_buffer_size if run.finetuning.stage == "ppo" else 1
+    batches = Batches(
+        np.ones(rows, dtype=np.int32),
+        options.per_device_train_batch_size,
+        options.gradient_accumulation_steps * rollouts,
+        run.cluster.num_workers,
+        0,
+        seed=0,
+        order="sequential",
+        drop_last=options.dataloader_drop_last,
+    )
+    return batches.steps_per_epoch
 
 
 def rungs(found: dict[str, Any]) -> list[float]:

@@ -3,7 +3,6 @@
 import pytest
 import yaml
 
-from llmray.arguments import capabilities
 from llmray.arguments.loading import load
 from llmray.arguments.paths import absolute
 from llmray.arguments.sweep_file import load_sweep, refuse_section
@@ -20,11 +19,6 @@ RUN = {
     "eval_strategy": "steps",
 }
 SECTION = {"search": {"learning_rate": {"loguniform": [1e-5, 1e-3]}}, "num_samples": 3}
-
-
-@pytest.fixture(autouse=True)
-def _sweeps_work(monkeypatch):
-    monkeypatch.delitem(capabilities.NOT_BUILT, "tune", raising=False)
 
 
 @pytest.fixture

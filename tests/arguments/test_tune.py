@@ -2,7 +2,6 @@
 
 import pytest
 
-from llmray.arguments import capabilities
 from llmray.arguments.loading import load, replace
 from llmray.arguments.tune import sweep_of
 from llmray.errors import ArgumentsError
@@ -20,11 +19,6 @@ RUN = {
 }
 RATES = {"learning_rate": {"loguniform": [1e-5, 1e-3]}}
 GRID = {"learning_rate": {"grid": [1e-5, 1e-3]}, "lora_rank": {"choice": [4, 8]}}
-
-
-@pytest.fixture(autouse=True)
-def _sweeps_work(monkeypatch):
-    monkeypatch.delitem(capabilities.NOT_BUILT, "tune", raising=False)
 
 
 def sweep(section, **keys):

@@ -57,10 +57,22 @@ def test_halving_leaves_a_share_of_the_steps(given, steps):
     assert expected_steps(scheduler(given), 16, LENGTH) == steps
 
 
-def test_the_length_of_a_run_follows_from_its_keys():
+def test_the_length_of_a_run_follows_from_its_keys_and_rows():
+    """47 rows in steps of four are twelve an epoch, in steps of eight that are full five."""
+    keys = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    base, _ = sweep(max_steps=30, **keys)
+    assert length_of(base, 47) == Length(30, 12, 5)
+    base, _ = sweep(max_steps=-1, num_train_epochs=2, eval_steps=0.25, **keys)
+    assert length_of(base, 47) == Length(24, 12, 6)
+    by_epoch = {"max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch"}
+    base, _ = sweep(**by_epoch, **keys)
+    assert length_of(base, 47) == Length(24, 12, 12)
+    base, _ = sweep(**by_epoch, **keys, ray_num_workers=2, dataloader_drop_last=True)
+    assert length_of(base, 47) == Length(10, 5, 5)
+
+
+def test_the_length_of_rows_that_are_not_known_is_that_of_max_steps():
     base, _ = sweep(max_steps=30)
-    assert length_of(base, 12) == Length(30, 12, 5)
-    base, _ = sweep(max_steps=-1, num_train_epochs=2, eval_steps=0.25)
-    assert length_of(base, 12) == Length(24, 12, 6)
-    base, _ = sweep(max_steps=-1, num_train_epochs=2, eval_strategy="epoch")
-    assert length_of(base, 12) == Length(24, 12, 12)
+    assert length_of(base, None) == Length(30, 30, 5)
+    base, _ = sweep(max_steps=-1)
+    assert length_of(base, None) is None
