@@ -28,6 +28,7 @@ from llmray.model import embedding, export, kernels, load, tuning, upcast, value
 from llmray.model.attention import causal_lm, why_not_flat
 from llmray.model.fitting import Room, choose_recomputation
 from llmray.model.head import TokenModel, set_balance
+from llmray.rl.rewards import Elsewhere
 from llmray.train import device_memory, optimizers, precision, reference, schedules
 from llmray.train.engine import Engine
 from llmray.train.feed import Feed, StreamReader, open_feed
@@ -60,6 +61,7 @@ class Context:
     stop: Callable[[], str | None]
     observers: tuple[Observer, ...] = ()
     report: Callable[[dict[str, float], str | None], None] | None = None
+    rewards: Elsewhere | None = None  # None: all are in this process
     attempt: int = 1  # above 1: workers were lost, and this goes on from their last checkpoint
 
 

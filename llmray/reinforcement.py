@@ -1,7 +1,7 @@
 """Stage ppo of an assembled run: prompts, rewards and the step around the engine that is there.
 
-Every role runs in this process: rewards are functions, servers, and reward models that are loaded
-here. Roles on machines of their own have other handles, and nothing else changes.
+Rewards are functions and servers that this process calls, and reward models that are loaded here;
+those on machines of their own have other handles, and nothing else changes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llmray.rl.pool import Pool
 from llmray.rl.ppo import PpoStep
 from llmray.rl.prompts import PromptReader, prompts_of
 from llmray.rl.reward_model import ModelReward
-from llmray.rl.rewards import Source, WeightedRewards
+from llmray.rl.rewards import Elsewhere, Source, WeightedRewards
 from llmray.rl.rollout import Sampler, Texts
 from llmray.rl.rollout_log import RolloutLog
 from llmray.train.generate import Sampling
@@ -79,7 +79,7 @@ def prepare(training: Training, directory: Path) -> Reinforcement:
     core, train = training.core, training.train
     assert isinstance(train, Reader), "prompts do not stream"
     arguments, world = core.arguments, core.context.world
-    added = weighted_rewards(arguments, core.context.model_dir, first=world.rank)
+    added = weighted_rewards(core)
     _say_bias(arguments)
     show = None
     if world.is_main:
@@ -110,42 +110,68 @@ def evaluated(core: Core, added: WeightedRewards) -> dict[str, float]:
     return held_out.judge(collector, tables, settings.kl_estimator(core.arguments), world)
 
 
-def weighted_rewards(arguments: RunArguments, model_dir: Path, first: int) -> WeightedRewards:
-    """The rewards of a run, each behind a pool of its own.
-
-    Args:
-        arguments: of the run.
-        model_dir: the policy's, whose adapter a reward model may be.
-        first: this rank.
+def weighted_rewards(core: Core) -> WeightedRewards:
+    """The rewards of a run, each behind a pool of its own; this rank's.
 
     Raises:
         LlmrayError: one is not there, or does not fit.
     """
+    arguments, rank = core.arguments, core.context.world.rank
+    elsewhere = core.context.rewards or Elsewhere({}, lambda handle, reason: None, Path.cwd())
     names = arguments.rlhf.reward_models
     weights = arguments.rlhf.reward_weights or (1.0,) * len(names)
     sources = []
     for name, short, weight in zip(names, rewards.names_of(names), weights, strict=True):
         slots = arguments.rlhf.reward_num_requests if rewards.kind_of(name) == "api" else 2
         options = settings.pool_options(arguments, slots=slots)
-        pool = Pool([_handle(name, arguments, model_dir)], options, first)
-        sources.append(Source(short, weight, pool))
+        shared = elsewhere.handles.get(name)
+        handles = shared or [_handle(name, core, elsewhere.folder)]
+        pool = Pool(handles, options, rank, elsewhere.on_evict)
+        sources.append(Source(short, weight, pool, core.context.world.world_size if shared else 1))
     return WeightedRewards(sources)
 
 
-def _handle(name: str, arguments: RunArguments, model_dir: Path) -> Handle:
+def _handle(name: str, core: Core, folder: Path) -> Handle:
+    arguments = core.arguments
     if rewards.kind_of(name) == "model":
-        asked = _of_reward_model(name, arguments, model_dir)
-        return InProcess(name, ModelReward.load(asked, arguments, model_dir))
+        return InProcess(name, reward_model(name, arguments, core.context.model_dir))
     return rewards.handle_of(
         name,
-        folder=Path.cwd(),
+        folder=folder,
         api=settings.api_options(arguments, environment.reward_api_key(os.environ)),
         num_requests=arguments.rlhf.reward_num_requests,
     )
 
 
-def _of_reward_model(name: str, arguments: RunArguments, model_dir: Path) -> RunArguments:
-    """The run file that `llmray score` would have for a reward model."""
+def reward_model(
+    name: str, arguments: RunArguments, model_dir: Path, *, use_cpu: bool | None = None
+) -> ModelReward:
+    """A reward model of a run, loaded here.
+
+    Args:
+        name: as it is in reward_model.
+        arguments: of the run.
+        model_dir: the policy's, whose adapter it may be.
+        use_cpu: whether it leaves GPUs alone; None: as the run does.
+
+    Raises:
+        LlmrayError: it is not there, or does not fit.
+    """
+    asked = of_reward_model(name, arguments, str(model_dir), use_cpu)
+    return ModelReward.load(asked, arguments, model_dir)
+
+
+def of_reward_model(
+    name: str, arguments: RunArguments, base: str | None, use_cpu: bool | None = None
+) -> RunArguments:
+    """The run file that `llmray score` would have for a reward model.
+
+    Args:
+        name: as it is in reward_model.
+        arguments: of the run.
+        base: the policy's model, for adapters of it.
+        use_cpu: None is as the run does.
+    """
     rlhf, model = arguments.rlhf, arguments.model
     keys: dict[str, Any] = {
         "stage": "rm",
@@ -154,11 +180,11 @@ def _of_reward_model(name: str, arguments: RunArguments, model_dir: Path) -> Run
         "trust_remote_code": model.trust_remote_code,
         "cache_dir": model.cache_dir,
         "infer_dtype": model.infer_dtype,
-        "use_cpu": arguments.training.use_cpu,
+        "use_cpu": arguments.training.use_cpu if use_cpu is None else use_cpu,
     }
     if rlhf.reward_model_type == "lora":
         keys |= {
-            "model_name_or_path": str(model_dir),
+            "model_name_or_path": base,
             "adapter_name_or_path": [name],
             "quantization_bit": model.quantization_bit,
         }

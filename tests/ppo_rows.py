@@ -97,7 +97,9 @@ def told(output: Path) -> list[Keys]:
         {
             name: value
             for name, value in record.items()
-            if not name.startswith("share_") and "time" not in name and "second" not in name
+            if not name.startswith(("share_", "idle_"))
+            and "time" not in name
+            and "second" not in name
         }
         for record in read_log(output / "trainer_log.jsonl")
     ]

@@ -12,7 +12,7 @@ from llmray.arguments.loading import load
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-CHAIN = [ROOT / "configs" / "chain" / f"{stage}.yaml" for stage in ("sft", "rm", "dpo")]
+CHAIN = [ROOT / "configs" / "chain" / f"{stage}.yaml" for stage in ("sft", "rm", "dpo", "ppo")]
 
 
 @pytest.mark.parametrize("path", [*CONFIGS, *CHAIN], ids=lambda path: path.stem)
@@ -33,16 +33,19 @@ def test_every_config_names_data_that_is_here(path: Path) -> None:
 def test_in_a_chain_one_begins_with_the_output_of_another() -> None:
     """On sets of LLaMA-Factory's folder of data; reward model and policy hold out the same rows."""
     assert sorted(CHAIN) == sorted((ROOT / "configs" / "chain").glob("*.yaml"))
-    sft, rm, dpo = (load(path, environ={}) for path in CHAIN)
-    for stage, run in zip(("sft", "rm", "dpo"), (sft, rm, dpo), strict=True):
+    runs = [load(path, environ={}) for path in CHAIN]
+    sft, rm, dpo, ppo = runs
+    for stage, run in zip(("sft", "rm", "dpo", "ppo"), runs, strict=True):
         assert run.finetuning.stage == stage
         assert run.model.model_name_or_path == sft.model.model_name_or_path
         assert f"dataset_dir=LLaMA-Factory/{run.data.dataset_dir}" in CHAIN[0].read_text()
     assert rm.model.adapter_name_or_path == (str(sft.training.output_dir),)
     assert dpo.model.adapter_name_or_path == (str(sft.training.output_dir),)
+    assert ppo.model.adapter_name_or_path == (str(sft.training.output_dir),)
+    assert ppo.rlhf.reward_models == (str(rm.training.output_dir),)
     assert rm.data == dpo.data
     assert rm.data.val_size > 0
-    assert len({str(run.training.output_dir) for run in (sft, rm, dpo)}) == 3
+    assert len({str(run.training.output_dir) for run in runs}) == 4
 
 
 def asks_for_gpus(path: Path) -> bool:
@@ -59,6 +62,7 @@ def test_there_is_a_config_for_each_way_to_run() -> None:
     evaluates = runs["evaluate_lora"].training
     assert (evaluates.do_train, evaluates.do_eval) == (False, True)
     assert runs["sft_lora_ray_cpu"].cluster.resources == {"CPU": 1}
+    assert runs["ppo_lora_ray"].rlhf.reward_num_actors == 2
     on_gpus = runs["sft_lora_ray_gpu"].cluster
     assert (on_gpus.num_workers, on_gpus.resources) == (4, {"GPU": 1})
     searched = {path: set(run.tune.tune["search"]) for path, run in runs.items() if run.tune.tune}

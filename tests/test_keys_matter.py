@@ -809,6 +809,14 @@ def trainer(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> tuple[Any, ...
     )
 
 
+def roles(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Any:
+    """The actors of a reward model that are to find room on the cluster."""
+    from llmray.orchestration import actors
+
+    on_ray = {"use_ray": True, "reward_model": "scores", "reward_model_type": "full"}
+    return actors.roles_of(site.arguments({**ppo_rows.BASE, **on_ray, **keys}))
+
+
 def initialised(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Keys:
     from llmray.orchestration import cluster
 
@@ -859,6 +867,10 @@ CLUSTER: dict[str, tuple[Any, Any, Seen]] = {
     "resources_per_worker": ({"CPU": 1}, {"CPU": 2}, trainer),
     "placement_strategy": ("PACK", "SPREAD", trainer),
     "ray_max_failures": (0, 5, trainer),
+    "reward_num_actors": (1, 2, roles),
+    "reward_resources_per_actor": (..., {"CPU": 2}, roles),
+    "reward_placement_strategy": ("PACK", "SPREAD", roles),
+    "reward_label_selector": (..., {"kind": "fast"}, roles),
     "master_addr": (..., "127.0.0.1", trainer),
     "master_port": (..., 29999, trainer),
     "tune": (

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmray.arguments.cluster import STARTS_RAY
 from llmray.arguments.problems import Problem, given
 from llmray.arguments.rlhf import kind_of
 
@@ -341,25 +340,12 @@ def _adds_to_low_bits(key: str) -> Combination:
     )
 
 
-def _starts_ray(flat: Flat) -> bool:
-    """Whether Ray starts the workers, as `ClusterArguments.ray_enabled` says."""
-    if flat["use_ray"] is not None:
-        return bool(flat["use_ray"])
-    return any(flat[key] is not None for key in STARTS_RAY)
-
-
 def _names_a_model(reward_models: str | None) -> bool:
     """Whether some reward is a model, not a server or a function, which have no type."""
     return any(kind_of(name.strip()) == "model" for name in (reward_models or "").split(","))
 
 
 COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
-    Combination(
-        ("use_ray", "stage"),
-        lambda flat: flat["stage"] == "ppo" and _starts_ray(flat),
-        "Reward models as actors of their own are not built yet: stage ppo runs in one process or "
-        "under torchrun. Set use_ray: false.",
-    ),
     Combination(
         ("stage", "streaming"),
         lambda flat: flat["stage"] == "ppo" and flat["streaming"],

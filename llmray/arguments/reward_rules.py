@@ -18,6 +18,10 @@ OF_GAE = (
     *("ppo_value_coef", "ppo_value_clip_range", "ppo_gamma", "ppo_lambda"),
     *("ppo_whiten_rewards", "ppo_score_norm"),
 )
+OF_ACTORS = (
+    *("reward_num_actors", "reward_resources_per_actor"),
+    *("reward_placement_strategy", "reward_label_selector"),
+)
 OF_ADAPTIVE = ("ppo_target", "ppo_kl_horizon")
 
 
@@ -186,11 +190,46 @@ def a_value_is_used(arguments: RunArguments) -> Iterator[Problem]:
         )
 
 
+def actors_are_of_reward_models(arguments: RunArguments) -> Iterator[Problem]:
+    """Actors are made in a run on Ray, of rewards that are models."""
+    if arguments.finetuning.stage != "ppo":
+        return
+    given_keys = [key for key in OF_ACTORS if not _is_default(arguments, key)]
+    has_models = any(kind_of(name) == "model" for name in arguments.rlhf.reward_models)
+    for key in given_keys:
+        said = given(key, getattr(arguments.rlhf, key))
+        if not arguments.ray_enabled:
+            yield Problem(
+                (key, "use_ray"),
+                f"{said} without Ray: reward models are then in the process that trains. Write "
+                f"use_ray: true, or remove {key}.",
+            )
+        elif not has_models:
+            yield Problem(
+                (key, "reward_model"),
+                f"{said} with reward_model={arguments.rlhf.reward_model}: servers and functions "
+                f"are called by the workers and have no actors. Remove {key}, or name a model.",
+            )
+
+
+def labels_are_text(arguments: RunArguments) -> Iterator[Problem]:
+    """A label selector is a mapping of names to text."""
+    for key, value in (arguments.rlhf.reward_label_selector or {}).items():
+        if not isinstance(value, str) or not value:
+            yield Problem(
+                ("reward_label_selector",),
+                f"reward_label_selector has {key}: {value!r}. The text of a label is required, "
+                f'such as {{"{key}": "a"}}, "!a" or "in(a, b)".',
+            )
+
+
 REWARD_RULES: tuple[Rule, ...] = (
     reward_keys_have_their_stage,
     responses_have_no_accuracy,
     servers_have_addresses,
     rewards_read_their_keys,
+    actors_are_of_reward_models,
+    labels_are_text,
     groups_have_samples,
     groups_have_no_values,
     divergence_as_a_loss_has_a_gradient,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from llmray.arguments.group import Field, Float, Group, Int, Names, Numbers, as_number
+from llmray.arguments.group import Field, Float, Group, Int, Names, Numbers, Object, as_number
 
 Bits = Annotated[Literal[4, 8], BeforeValidator(as_number)]
 
@@ -174,6 +174,26 @@ class RlhfArguments(Group):
     )
     reward_num_requests: Int = Field(
         8, ge=1, description="Requests to a reward server at one time, of each process."
+    )
+    reward_num_actors: Int | None = Field(
+        None, ge=1, description="Actors of each reward model in a run on Ray. Not given: 1."
+    )
+    reward_resources_per_actor: Object | None = Field(
+        None,
+        description='Resources of each of them, a mapping or JSON such as {"GPU": 0.5}. Not given: '
+        "one GPU where the cluster has any and use_cpu is false, else one core.",
+    )
+    reward_placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = (
+        Field(
+            None,
+            description="How actors of a reward model lie on nodes: together or apart if possible, "
+            "or strictly so. Not given: PACK.",
+        )
+    )
+    reward_label_selector: Object | None = Field(
+        None,
+        description='Labels of the nodes that they may lie on, such as {"accelerator-type": "L4"}; '
+        "`!value`, `in(a, b)` and `!in(a, b)` are understood.",
     )
     ppo_rollout_batch_size: Int | None = Field(
         None,

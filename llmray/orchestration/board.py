@@ -39,15 +39,18 @@ class Job:
     secrets: dict[str, str] = field(repr=False)
     core: Callable[..., Any] | None = field(repr=False)  # None: run.run
     log_level: int = logging.INFO
+    holds: dict[str, float] = field(default_factory=dict)  # the resources of a worker
+    folder: str = ""  # the driver's: where it was started
+    seats: tuple[Any, ...] = field(default=(), repr=False)  # reward_actor.Seat
     metric: str | None = None  # of a sweep: the driver judges every record that has it
     group: str | None = None  # of a sweep: what its trials are called together in trackers
 
 
 @dataclass(frozen=True)
 class Message:
-    """One thing that rank 0 tells the driver: a log line, or a call of an observer."""
+    """One thing that the driver is told: a log line, a call of an observer, an actor that hangs."""
 
-    kind: Literal["log", "start", "record", "save", "end"]
+    kind: Literal["log", "start", "record", "save", "end", "hung"]
     content: tuple[Any, ...]
 
 
@@ -115,13 +118,16 @@ class Board:
         return self._failures
 
 
-def create() -> ActorHandle:
-    """A board that lives as long as the driver, on the driver's node."""
+def create(name: str | None = None) -> ActorHandle:
+    """A board that lives as long as the driver, on the driver's node.
+
+    Actors that Ray may start anew find it by its name among those of the driver.
+    """
     here = ray.get_runtime_context().get_node_id()
     actor = ray.remote(num_cpus=0, max_concurrency=1, label_selector={"ray.io/node-id": here})(
         Board
     )
-    return actor.remote()
+    return actor.options(name=name).remote()
 
 
 class Relay(Observer):

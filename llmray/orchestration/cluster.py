@@ -117,6 +117,7 @@ def inventory() -> Inventory:
             node["NodeID"],
             node["NodeManagerAddress"],
             {k: v for k, v in node["Resources"].items() if not k.startswith("node:")},
+            dict(node["Labels"]),
         )
         for node in ray.nodes()
         if node["Alive"]

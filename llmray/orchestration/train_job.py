@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import threading
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from logging import getLogger
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,8 @@ from llmray import store
 from llmray.arguments import environment
 from llmray.data.prepared import PreparedRef
 from llmray.errors import ArgumentsError, ClusterError, LlmrayError
+from llmray.orchestration import actors, cluster, prepare_job, worker
 from llmray.orchestration import board as boards
-from llmray.orchestration import cluster, prepare_job, worker
 from llmray.orchestration.failures import FailureRule, describe
 from llmray.orchestration.meeting import MeetingConfig
 from llmray.orchestration.plan import Node, Placement, capacity, place
@@ -263,6 +264,7 @@ class _Driver:
     signals: DriverSignals
     core: Callable[..., Any] | None
     is_ours: bool  # the cluster was started by this process, whose environment it has
+    rewards: actors.Actors = field(default_factory=actors.Actors)
 
     @cached_property
     def observer(self) -> Observer:
@@ -271,13 +273,15 @@ class _Driver:
 
     def train(self) -> int:
         arguments, inventory = self.arguments, cluster.inventory()
-        placement = place(arguments.cluster, inventory, use_cpu=arguments.training.use_cpu)
+        use_cpu, roles = arguments.training.use_cpu, actors.roles_of(arguments)
+        placement = place(arguments.cluster, inventory, use_cpu=use_cpu, roles=roles)
         for note in placement.notes:
             log.info("%s", note)
         nodes = [n for n in inventory.nodes if capacity(n, placement.resources)]
         nodes = nodes or list(inventory.nodes)
         here = ray.get_runtime_context().get_node_id()
         check_nodes(arguments, self.run_dir, [node for node in nodes if node.node_id != here])
+        actors.check(arguments, placement, inventory, os.getcwd())
         tasks_see = tasks_environment(self.is_ours)
         with self.signals.interrupting():
             prepared = prepare_job.prepare(arguments, nodes, here, tasks_see)
@@ -288,13 +292,20 @@ class _Driver:
             prepared=prepared,
             threads=placement.resources.get("CPU"),
             uses_gpu=placement.uses_gpu,
+            holds=placement.resources,
             secrets=dict(tasks_see.secrets),
             core=self.core,
+            folder=os.getcwd(),
             log_level=log.getEffectiveLevel(),
         )
-        board = boards.create()
+        board_name = f"llmray-board-{uuid.uuid4().hex}"
+        board = boards.create(board_name)
         ray.get(board.give.remote(job))
-        self._fit(self._trainer(placement, board, dict(tasks_see.open_vars)), board)
+        with self.signals.interrupting():
+            self.rewards = actors.start(arguments, placement, inventory, board_name, tasks_see)
+        with closing(self.rewards):
+            ray.get(board.give.remote(replace(job, seats=tuple(self.rewards.seats))))
+            self._fit(self._trainer(placement, board, dict(tasks_see.open_vars)), board)
         output_dir = str(arguments.training.output_dir)
         if leave_files(self.run_dir, output_dir):
             log.info("results are in %s, checkpoints in %s", output_dir, self.run_dir)
@@ -376,7 +387,10 @@ class _Driver:
         """Show what rank 0 told; returns whether it began to train."""
         messages = ray.get(board.collect.remote())
         for message in messages:
-            boards.replay(message, self.observer)
+            if message.kind == "hung":
+                self.rewards.kill_hung(*message.content)
+            else:
+                boards.replay(message, self.observer)
         return any(message.kind == "start" for message in messages)
 
     def _told(self, error: BaseException, board: ActorHandle) -> BaseException:

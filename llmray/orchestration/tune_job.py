@@ -238,6 +238,8 @@ class _Driver:
             secrets=dict(self.environment.secrets),
             core=self.core,
             log_level=log.getEffectiveLevel(),
+            holds=placement.resources,
+            folder=os.getcwd(),
             metric=self.sweep.metric,
             group=sweep_name(self.arguments),
         )

@@ -20,13 +20,14 @@ import torch
 from ray.actor import ActorHandle
 from ray.train import CheckpointUploadMode
 
-from llmray import downloads, hub
+from llmray import downloads, hub, store
 from llmray.arguments.loading import replace
 from llmray.data import access
 from llmray.errors import LlmrayError
-from llmray.orchestration import prepare_job
+from llmray.orchestration import prepare_job, reward_actor, roles
 from llmray.orchestration.board import Job, Relay
 from llmray.orchestration.trial_board import CLOSED, TrialRelay, wait_for_offer
+from llmray.rl.rewards import Elsewhere
 from llmray.train import checkpoint
 from llmray.train.parallel import World
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from llmray.arguments.run import RunArguments
 
 log = logging.getLogger("llmray")
+
+POLICY = "policy, reference, rollouts"  # what workers do in stage ppo
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -80,6 +83,8 @@ def _train(board: ActorHandle, job: Job, world: World) -> None:
         )
         where = world.gather((ray.util.get_node_ip_address(), os.getpid()))
         log.info("attempt %d: %s", attempt, describe_ranks(where))
+        if job.arguments.finetuning.stage == "ppo":
+            _show_roles(job, attempt, world)
         arguments = arguments_of_attempt(job.arguments, job.run_dir, attempt)
         with downloads.as_fetched():  # the node was made ready before
             context = run.Context(
@@ -90,6 +95,7 @@ def _train(board: ActorHandle, job: Job, world: World) -> None:
                 stop=relay.reason if relay else lambda: None,
                 observers=(relay,) if relay else (),
                 report=_reporter(world) if job.metric is None else None,
+                rewards=_rewards(job, board),
                 attempt=attempt,
             )
             result = (job.core or run.run)(arguments, context)
@@ -144,6 +150,28 @@ def _world(threads: float | None, *, uses_gpu: bool) -> World:
 
 def _model_dir(arguments: RunArguments) -> Path:
     return hub.resolve(arguments.model.model_name_or_path, arguments.model)
+
+
+def _show_roles(job: Job, attempt: int, world: World) -> None:
+    """Say who runs where, and write it into the run directory; a collective call."""
+    node_ids = world.gather(ray.get_runtime_context().get_node_id())
+    where = world.gather((ray.util.get_node_ip_address(), os.getpid()))
+    if not world.is_main:
+        return
+    members = [
+        roles.Member(POLICY, f"rank {rank}", address, node_id, pid, job.holds)
+        for rank, (node_id, (address, pid)) in enumerate(zip(node_ids, where, strict=True))
+    ]
+    members += reward_actor.members(job.arguments, job.seats)
+    for line in roles.lines(members):
+        log.info("  %s", line)
+    store.write_atomic(store.join(job.run_dir, roles.FILE), roles.as_json(attempt, members))
+
+
+def _rewards(job: Job, board: ActorHandle) -> Elsewhere:
+    """Reward models are actors; functions are where the driver was started, or in this worker."""
+    here = job.folder if os.path.isdir(job.folder) else os.getcwd()
+    return Elsewhere(reward_actor.handles(job.seats, board), reward_actor.on_evict, Path(here))
 
 
 def _reporter(world: World) -> Callable[[dict[str, float], str | None], None]:

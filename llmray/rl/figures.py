@@ -81,6 +81,20 @@ def of_parts(found: Experience, names: Sequence[str], world: World) -> dict[str,
     return told
 
 
+def idle_share(found: Experience, busy_s: float, num_served: float, world: World) -> float:
+    """The share of a step in which what scores had nothing to do; a collective call.
+
+    Args:
+        found: with its phases, whose sum is the time of the step.
+        busy_s: that what scores was busy for this rank.
+        num_served: how many score for this rank.
+        world: all ranks.
+    """
+    busy, served, total = world.sum([busy_s, num_served, found.phases.total])
+    could = served * total / world.world_size
+    return min(1.0, max(0.0, 1.0 - busy / max(could, 1e-9)))
+
+
 def of_phases(found: Experience, num_learned: int, world: World) -> dict[str, float]:
     """Tokens a second of rollout and update over all ranks, and the share of time of each phase.
 

@@ -23,7 +23,12 @@ class HandleLost(RewardError):
 
 
 class Handle(Protocol):
-    """One that can be called from afar; `name` is for messages.
+    """One that can be called from afar.
+
+    Attributes:
+        name: for messages.
+        load: tokens of other callers that waited there at its last answer.
+        busy_s: seconds in which it has served this caller; None where it does not say so.
 
     What scores has the methods `score(answers) -> list[float]` and `ping() -> None`. A future fails
     with `HandleLost` where another handle may be tried, with anything else where the request is
@@ -31,6 +36,8 @@ class Handle(Protocol):
     """
 
     name: str
+    load: int
+    busy_s: float | None
 
     def call(self, method: str, *args: Any) -> Future[Any]:
         """Start `method`; the future has its result."""
@@ -78,6 +85,8 @@ class InProcess:
 
     def __init__(self, name: str, served: Any, num_threads: int = 1) -> None:
         self.name = name
+        self.load = 0
+        self.busy_s: float | None = None
         self._served = served
         self._calls: _Calls = SimpleQueue()
         for _ in range(num_threads):

@@ -128,6 +128,7 @@ class _Member:
     probe: Future[Any] | None = None
     next_probe: float = 0.0
     reason: str = ""
+    busy_s: float = 0.0  # what its handle said last
 
     @property
     def tokens(self) -> int:
@@ -146,7 +147,8 @@ class Pool:
     Args:
         handles: at least one.
         options: how.
-        first: which handle is preferred of those equally loaded; ranks differ in it.
+        first: which handle is preferred of those equally loaded, by what this caller and others
+            have sent them; ranks differ in it.
         on_evict: told, in the pool's thread, of a handle that was taken out and why; a hung one is
             to be killed by whoever can.
     """
@@ -237,7 +239,7 @@ class Pool:
                 return
             avoided = self._waiting.pieces[0].avoided
             others = [m for m in free if m.handle is not avoided] or free
-            member = min(others, key=lambda m: m.tokens)
+            member = min(others, key=lambda m: m.tokens + m.handle.load)
             self._send(self._next_piece(self._budget(member)), member)
 
     def _budget(self, member: _Member) -> int:
@@ -289,7 +291,12 @@ class Pool:
             return  # given up before
         now = time.monotonic()
         member.calls.remove(call)
-        self._count(busy_s=now - max(call.started, member.progress))
+        said = member.handle.busy_s
+        if said is None:
+            self._count(busy_s=now - max(call.started, member.progress))
+        else:
+            self._count(busy_s=said - member.busy_s)
+            member.busy_s = said
         member.progress = now
         error = done.exception() if not done.cancelled() else HandleLost("its call was cancelled")
         if isinstance(error, HandleLost):

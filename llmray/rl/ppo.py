@@ -141,7 +141,7 @@ class PpoStep:
             RewardError: there is no score, of one response or of all.
             TrainingError: the policy that learns is not the one that sampled.
         """
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), self.collector.rewards.counts().busy_s
         prompts = self.prompts(step)
         read = time.perf_counter() - began
         found = self.collector.collect(prompts, step)
@@ -167,7 +167,7 @@ class PpoStep:
             learning_rate=updates.last.learning_rate,
             other_rates=updates.last.other_rates,
             num_tokens=found.rollout.num_tokens,
-            metrics=self._metrics(found, judged, given_ST, updates, beta),
+            metrics=self._metrics(found, judged, given_ST, updates, beta, busy),
             work=self._work(found, updates),
             num_positions=found.rollout.num_tokens,
             data_seconds=read,
@@ -286,12 +286,15 @@ class PpoStep:
         given_ST: dict[str, Tensor],
         updates: Updates,
         beta: float,
+        busy_before: float,
     ) -> dict[str, Tensor]:
         """This rank's shares of what is logged; a collective call."""
         world, rewards = self.engine.world, self.collector.rewards
         told = figures.described(judged)
         told |= figures.of_parts(found, rewards.names, world)
         told |= figures.of_phases(found, updates.num_tokens, world)
+        busy = rewards.counts().busy_s - busy_before
+        told["idle_reward"] = figures.idle_share(found, busy, rewards.num_served, world)
         if "returns" in given_ST:
             valid_ST = found.mask_ST & found.valid_S[:, None]
             told["explained_variance"] = advantages.explained_variance(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Protocol
 
 from llmray.arguments.rlhf import RewardKind, kind_of
 from llmray.rl.handles import Answer, Handle, InProcess
-from llmray.rl.pool import Pool, PoolCounts, PoolOptions
+from llmray.rl.pool import Pool, PoolCounts, PoolOptions, Reason
 from llmray.rl.reward_api import ApiOptions, RewardApi
 from llmray.rl.reward_function import FunctionReward
 
@@ -45,14 +45,38 @@ class Rewards(Protocol):
         """What has happened so far."""
         ...
 
+    @property
+    def num_served(self) -> float:
+        """How many score for this rank: its own, and its part of those that all ranks ask."""
+        ...
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What of the rewards is outside the process that asks.
+
+    Attributes:
+        handles: of reward models, by their names in reward_model.
+        on_evict: told of one that a pool took out; see `Pool`.
+        folder: where modules of functions are looked for.
+    """
+
+    handles: Mapping[str, Sequence[Handle]]
+    on_evict: Callable[[Handle, Reason], None]
+    folder: Path
+
 
 @dataclass(frozen=True)
 class Source:
-    """One of the rewards that are added: its name in metrics, its weight, and who scores."""
+    """One of the rewards that are added: its name in metrics, its weight, and who scores.
+
+    `num_ranks` is how many ask those of its pool, 1 where each rank has its own.
+    """
 
     name: str
     weight: float
     pool: Pool
+    num_ranks: int = 1
 
 
 class WeightedRewards:
@@ -96,6 +120,11 @@ class WeightedRewards:
         names = PoolCounts.__dataclass_fields__
         return PoolCounts(**{name: sum(getattr(c, name) for c in counts) for name in names})
 
+    @property
+    def num_served(self) -> float:
+        """How many score for this rank: its own, and its part of those that all ranks ask."""
+        return sum(source.pool.num_handles / source.num_ranks for source in self._sources)
+
     def close(self) -> None:
         """End the pools."""
         for source in self._sources:
@@ -138,6 +167,7 @@ def names_of(reward_models: Sequence[str]) -> list[str]:
 
 
 __all__ = [
+    "Elsewhere",
     "PoolOptions",
     "RewardKind",
     "Rewards",

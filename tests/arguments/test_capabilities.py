@@ -70,6 +70,7 @@ ppo_missing_eos_penalty advantage_estimator ppo_rollout_batch_size rollout_log_s
 reward_model reward_weights reward_model_adapters reward_model_quantization_bit reward_model_type
 reward_timeout_s reward_request_timeout_s reward_error reward_error_value reward_batching
 reward_batch_tokens reward_num_retries reward_num_requests
+reward_num_actors reward_resources_per_actor reward_placement_strategy reward_label_selector
 predict_with_generate eval_num_beams generation_max_length generation_num_beams
 """
 
@@ -164,7 +165,6 @@ def test_keys_that_lack_the_same_are_one_problem():
 
 
 COMBINED = {
-    ("use_ray", "stage"): {"use_ray": True, "stage": "ppo"},
     ("stage", "streaming"): {"streaming": True, "stage": "ppo"},
     ("do_predict", "stage"): {"do_predict": True, "stage": "ppo"},
     ("load_best_model_at_end", "save_only_model"): {
@@ -214,15 +214,6 @@ def test_combinations(combination):
     assert combination.holds(DEFAULTS | COMBINED[combination.keys])
     assert set(combination.keys) <= set(FIELDS)
     assert combination.sentence.endswith(".")
-
-
-@pytest.mark.parametrize("keys", [{"use_ray": True}, {"ray_num_workers": 2}])
-def test_stage_ppo_on_ray(keys):
-    """However Ray is switched on."""
-    ppo = {"stage": "ppo", "reward_model": "a:b"}
-    with pytest.raises(ArgumentsError, match="Reward models as actors of their own are not built"):
-        load(BASE | ppo | keys, environ={})
-    load(BASE | ppo | keys | {"use_ray": False}, environ={})
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "freeze"])

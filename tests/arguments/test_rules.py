@@ -221,6 +221,26 @@ CASES = {
             "reward servers",
         ),
     ],
+    "actors_are_of_reward_models": [
+        (
+            {"stage": "ppo", "reward_model": "m", "reward_num_actors": 2},
+            {"use_ray": True},
+            "reward_num_actors=2 without Ray",
+        ),
+        (
+            {
+                "stage": "ppo",
+                "use_ray": True,
+                "reward_model": "a:b",
+                "reward_placement_strategy": "SPREAD",
+            },
+            {"reward_model": "a:b,m"},
+            "have no actors",
+        ),
+    ],
+    "labels_are_text": [
+        ({"reward_label_selector": {"zone": 1}}, {"reward_label_selector": {"zone": "1"}}, "zone"),
+    ],
     "groups_have_samples": [
         ({"advantage_estimator": "grpo"}, {"ppo_num_samples": 2}, "ppo_num_samples=1"),
         ({"advantage_estimator": "grpo"}, {"advantage_estimator": "gae"}, "grpo"),

@@ -25,6 +25,9 @@ def length(answer):
 class Fake:
     """A handle whose answers cost time by tokens, and which can be made to fail."""
 
+    load = 0
+    busy_s = None
+
     def __init__(self, name="fake", seconds=0.0, score=length, fails=()):
         self.name, self.seconds, self.score = name, seconds, score
         self.batches = []
@@ -314,3 +317,20 @@ def test_an_object_of_this_process_behind_a_handle():
     assert handle.call("ping").result(1) is None
     of.close()
     handle.close()
+
+
+def test_what_others_have_sent_counts_as_load(pool):
+    fakes = [Fake("a"), Fake("b")]
+    fakes[0].load = 1000
+    assert scored(pool(*fakes, batch_tokens=10), answers(2)) == [0.0, 1.0]
+    assert [len(fake.batches) for fake in fakes] == [0, 2]
+
+
+def test_a_handle_may_say_how_long_it_was_busy(pool):
+    fake = Fake("a")
+    fake.busy_s = 0.0
+    of = pool(fake)
+    for total in (2.5, 4.0):
+        fake.busy_s = total
+        scored(of, answers(1))
+        assert of.counts.busy_s == total

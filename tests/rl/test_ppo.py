@@ -51,7 +51,14 @@ def test_what_is_logged(keys):
     [told] = run(of, 1)
     expected = {
         *("score", "score_deviation", "kl", "entropy", "response_length", "without_eos"),
-        *("unscored", "share_rollout", "share_logprobs", "share_waiting", "share_update"),
+        *(
+            "unscored",
+            "idle_reward",
+            "share_rollout",
+            "share_logprobs",
+            "share_waiting",
+            "share_update",
+        ),
         *("rollout_tokens_per_second", "update_tokens_per_second", "beta", "num_updates"),
         *("policy_loss", "clip_fraction", "approx_kl", "ratio_error"),
         *(("kl_loss",) if keys else ("value_loss", "value_clip_fraction", "explained_variance")),

@@ -117,7 +117,7 @@ def test_two_ranks_learn_what_one_does(keys, cut):
     assert torch.equal(first[0], second[0])
     torch.testing.assert_close(first[0], alone, atol=2e-4, rtol=0)
     assert first[1] == second[1] == pytest.approx(beta, rel=1e-4)
-    timed = ("share_", "_per_second")
+    timed = ("share_", "idle_", "_per_second")
     for step, metrics in enumerate(told):
         for name, value in metrics.items():
             if not any(mark in name for mark in timed):

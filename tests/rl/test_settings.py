@@ -102,6 +102,8 @@ def test_every_key_that_is_declared_for_ppo_is_looked_at_here_or_in_the_wiring()
     elsewhere = {
         *("ppo_buffer_size", "rollout_log_steps", "reward_weights", "reward_num_requests"),
         *("reward_model_adapters", "reward_model_quantization_bit", "reward_model_type"),
+        *("reward_num_actors", "reward_resources_per_actor"),
+        *("reward_placement_strategy", "reward_label_selector"),
     }
     declared = {key for key in RlhfArguments.model_fields if key.startswith(("ppo_", "reward_"))}
     marks = test_a_key_reaches_its_part.pytestmark[0].args[1]

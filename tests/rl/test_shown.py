@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from llmray.data.batches import Batches
 from llmray.data.conversation import Conversation, Message, RowError
 from llmray.data.shards import Sample
 from llmray.errors import DataError, RewardError
+from llmray.rl import figures
+from llmray.rl.experience import Phases
 from llmray.rl.handles import Answer
 from llmray.rl.held_out import judge
 from llmray.rl.prompts import PromptReader, prompts_of
@@ -160,3 +163,10 @@ def test_a_reward_model_reads_conversations():
     assert of.score([answer("a b", "c"), answer("a", "")]) == [3.0, 1.0]
     with pytest.raises(RewardError, match=r"answer 7 cannot be written in .*: a wug is no word"):
         of.score([answer("a", "wug")])
+
+
+def test_idle_share_of_what_scores():
+    """Two that score for 10 s each could do 20 s; they did 5, for all ranks together."""
+    found = SimpleNamespace(phases=Phases(rollout=6.0, update=4.0))
+    assert figures.idle_share(found, 5.0, 2.0, CPU) == pytest.approx(0.75)
+    assert figures.idle_share(found, 25.0, 2.0, CPU) == 0.0
