@@ -22,8 +22,6 @@ from llmray.orchestration.slots import Slot
 from llmray.orchestration.trial_board import Look
 from llmray.orchestration.verdicts import Report, Verdicts
 from llmray.stop_signals import EXIT_CODES, StopSignals
-from llmray.sweep import scheduling
-from llmray.sweep.scheduling import Length
 
 if TYPE_CHECKING:
     from llmray.arguments.run import RunArguments
@@ -54,7 +52,6 @@ class Plan:
     run: RunArguments
     shape: Shape
     job: Job
-    length: Length | None = None  # None: it says so itself when it begins
 
 
 @dataclass
@@ -197,7 +194,7 @@ class Sweeping:
         if message.kind == "start":
             step, entry.total_steps = message.content
             entry.forget_after(step)
-            self._require_verdicts(entry)
+            self._require_verdicts(entry.total_steps)
         elif message.kind == "record":
             [record] = message.content
             entry.step = record["current_steps"]
@@ -207,18 +204,17 @@ class Sweeping:
             [metrics] = message.content
             entry.metric = metrics.get(self.sweep.metric, entry.metric)
 
-    def _require_verdicts(self, entry: Entry) -> None:
+    def _require_verdicts(self, total_steps: int) -> None:
         """Make the scheduler once it is known how long a trial is, and tell it the past."""
         if self._verdicts is not None:
             return
-        sweep, length = self.sweep, self._plans[entry.name].length
-        given = sweep.scheduler.settings
+        sweep = self.sweep
         self._verdicts = Verdicts(
             sweep.scheduler.kind,
-            given if length is None else scheduling.settings(sweep.scheduler, length),
+            sweep.scheduler.settings,
             metric=sweep.metric,
             mode=sweep.mode,
-            total_steps=entry.total_steps,
+            total_steps=total_steps,
             seed=sweep.seed,
         )
         for name in self.entries:

@@ -45,7 +45,6 @@ from llmray.orchestration.sweeping import (
 from llmray.orchestration.train_job import DriverSignals, Stopped
 from llmray.stop_signals import EXIT_CODES
 from llmray.sweep import report, results
-from llmray.sweep.scheduling import length_of
 from llmray.sweep.trials import Trial, run_of, sweep_directory, sweep_name, trials_of
 from llmray.train.observers import describe
 
@@ -243,9 +242,7 @@ class _Driver:
             metric=self.sweep.metric,
             group=sweep_name(self.arguments),
         )
-        rows = job.prepared.num_train if isinstance(job.prepared, PreparedRef) else None
-        shape = Shape(placement, tuple(flat[key] for key in OF_PROCESS))
-        return Plan(run, shape, job, length_of(run, rows))
+        return Plan(run, Shape(placement, tuple(flat[key] for key in OF_PROCESS)), job)
 
     def _open_slot(self, number: int, plan: Plan) -> Slot:
         slot = Slot(

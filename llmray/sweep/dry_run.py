@@ -23,7 +23,7 @@ from llmray.model.architecture import UnknownSizesError
 from llmray.model.memory import Estimate, estimate_for, gigabytes
 from llmray.sweep.report import aligned
 from llmray.sweep.results import TABLE
-from llmray.sweep.scheduling import Length, expected_steps, length_of, rungs, settings
+from llmray.sweep.scheduling import Length, expected_steps, length_by_rows, rungs, settings
 from llmray.sweep.trials import Trial, by_data, data_key, run_of, sweep_directory, trials_of
 
 MOST_SHOWN = 40  # trials
@@ -77,7 +77,7 @@ def plan(base: RunArguments, sweep: Sweep, *, root: Path) -> Plan:
         name: length
         for key, names in places.items()
         for name in names
-        if (length := length_of(runs[name], rows[key])) is not None
+        if (length := length_by_rows(runs[name], rows[key])) is not None
     }
     memory = {name: found for name, run in runs.items() if (found := _memory(run)) is not None}
     return Plan(sweep.num_samples if asks else len(trials), trials, rows, lengths, memory)

@@ -54,23 +54,32 @@ def settings(scheduler: Scheduler, length: Length) -> dict[str, Any]:
     return found
 
 
-def length_of(run: RunArguments, rows: int | None) -> Length | None:
-    """How many updates a run makes, and how many lie between its evaluations.
+def length_of(arguments: RunArguments, steps_per_epoch: int) -> Length:
+    """The length of a run whose evaluations follow from its keys.
 
     Args:
-        run: its arguments.
+        arguments: of the run.
+        steps_per_epoch: updates in a pass over its rows.
+    """
+    from llmray.train.loop import cadence
+
+    found = cadence(arguments.training, steps_per_epoch)
+    return Length(found.total_steps, steps_per_epoch, found.eval_steps or found.total_steps)
+
+
+def length_by_rows(arguments: RunArguments, rows: int | None) -> Length | None:
+    """The length of a run before it starts.
+
+    Args:
+        arguments: of the run.
         rows: to train on, packed ones as such; None where they are not known, of a stream too.
 
     Returns: None where the length follows from rows that are not known.
     """
-    from llmray.train.loop import cadence
-
-    options = run.training
-    if rows is None and options.max_steps <= 0:
-        return None
-    per_epoch = options.max_steps if rows is None else _steps_per_epoch(run, rows)
-    found = cadence(options, per_epoch)
-    return Length(found.total_steps, per_epoch, found.eval_steps or found.total_steps)
+    steps = arguments.training.max_steps
+    if rows is not None:
+        return length_of(arguments, _steps_per_epoch(arguments, rows))
+    return length_of(arguments, steps) if steps > 0 else None
 
 
 def _steps_per_epoch(run: RunArguments, rows: int) -> int:

@@ -3,7 +3,7 @@
 import pytest
 from sweeps import sweep
 
-from llmray.sweep.scheduling import Length, expected_steps, length_of, rungs, settings
+from llmray.sweep.scheduling import Length, expected_steps, length_by_rows, rungs, settings
 
 LENGTH = Length(total_steps=80, steps_per_epoch=40, eval_steps=5)
 RATES = {"learning_rate": {"loguniform": [1e-5, 1e-3]}}
@@ -61,18 +61,18 @@ def test_the_length_of_a_run_follows_from_its_keys_and_rows():
     """47 rows in steps of four are twelve an epoch, in steps of eight that are full five."""
     keys = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     base, _ = sweep(max_steps=30, **keys)
-    assert length_of(base, 47) == Length(30, 12, 5)
+    assert length_by_rows(base, 47) == Length(30, 12, 5)
     base, _ = sweep(max_steps=-1, num_train_epochs=2, eval_steps=0.25, **keys)
-    assert length_of(base, 47) == Length(24, 12, 6)
+    assert length_by_rows(base, 47) == Length(24, 12, 6)
     by_epoch = {"max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch"}
     base, _ = sweep(**by_epoch, **keys)
-    assert length_of(base, 47) == Length(24, 12, 12)
+    assert length_by_rows(base, 47) == Length(24, 12, 12)
     base, _ = sweep(**by_epoch, **keys, ray_num_workers=2, dataloader_drop_last=True)
-    assert length_of(base, 47) == Length(10, 5, 5)
+    assert length_by_rows(base, 47) == Length(10, 5, 5)
 
 
 def test_the_length_of_rows_that_are_not_known_is_that_of_max_steps():
     base, _ = sweep(max_steps=30)
-    assert length_of(base, None) == Length(30, 30, 5)
+    assert length_by_rows(base, None) == Length(30, 30, 5)
     base, _ = sweep(max_steps=-1)
-    assert length_of(base, None) is None
+    assert length_by_rows(base, None) is None
