@@ -115,6 +115,8 @@ def _trained(
         model = core.engine.model
         files.write_json("trainable_parameters.json", tuning.status(model.model, model.value_head))
     first_step = _resume(training)
+    if training.cadence.evaluates_first:
+        core.engine.begin()  # what is evaluated is what the first update changes
     _put_bad_rows_aside(training, files, is_resumed=first_step > 0)
     start = time.perf_counter() - started
     observers = _observers(core, files) if context.world.is_main else ()

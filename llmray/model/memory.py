@@ -86,6 +86,8 @@ class Estimate:
         loss: the head's chunk of logits and its gradients.
         casts: copies of weights in the format of the arithmetic.
         update: what the optimizer holds while it updates.
+        start: what PiSSA needs to take its part of the largest matrix.
+        reread: ordinary weights that are read for it beside low-bit ones, mapped from their files.
         loading: what loading needs beside the weights.
         mapped: weights that stay mapped from their files, which the system can drop.
         first_use: what a process holds beside tensors.
@@ -100,6 +102,8 @@ class Estimate:
     loss: int
     casts: int
     update: int
+    start: int
+    reread: int
     loading: int
     mapped: int
     first_use: int
@@ -112,6 +116,7 @@ class Estimate:
         kept = self.gradients if self.keeps_gradients else 0
         return {
             "loading": self.weights + self.loading,
+            "start": self.weights + self.start + self.reread,
             "loss": held + kept + self.activations + self.casts + self.loss,
             "backward": held + kept + self.activations + self.casts + self.backward,
             "end of backward": held + self.gradients + self.casts + self.backward,
@@ -126,7 +131,8 @@ class Estimate:
     @property
     def resident(self) -> int:
         """The growth of a process's anonymous memory on a CPU, where freed blocks go back."""
-        return self.peak + self.first_use - self.mapped
+        anonymous = {**self.phases, "start": self.weights + self.start}
+        return max(anonymous.values()) + self.first_use - self.mapped
 
     def lines(self) -> list[str]:
         """The parts for a reader, largest first, then the peak and when it is."""
@@ -221,6 +227,8 @@ def estimate(
         loss=_loss(model, trained, form, situation),
         casts=_casts(trained, form),
         update=beside // (split if "optimizer" in situation.shards else 1),
+        start=_start(arguments, trained),
+        reread=_reread(arguments, table, situation),
         loading=_loading(arguments, table, form, frozen),
         mapped=_mapped(arguments, situation, form, kept_as_is),
         first_use=AT_FIRST + (OF_ADAPTERS if trained.adapted else 0),
@@ -324,6 +332,21 @@ def _loading(arguments: RunArguments, table: Shapes, form: _Format, frozen: int)
         return count(table) * 4 - frozen
     largest = max((math.prod(s) for s in table.values()), default=0)
     return largest * form.compute if arguments.model.is_quantized else 0
+
+
+def _start(arguments: RunArguments, trained: Trained) -> int:
+    """A matrix, its principal part and what is left, in double precision."""
+    if not arguments.finetuning.pissa_init:
+        return 0
+    return 3 * 8 * max(map(math.prod, trained.adapted.values()), default=0)
+
+
+def _reread(arguments: RunArguments, table: Shapes, at: Situation) -> int:
+    """The whole model as it lies in its files; beside a GPU these are pages of the host."""
+    is_read = arguments.finetuning.pissa_init and arguments.model.quantization_bit is not None
+    if not is_read or at.device != "cpu":
+        return 0
+    return count(table) * (4 if "F32" in at.formats else 2)
 
 
 def _mapped(arguments: RunArguments, at: Situation, form: _Format, frozen: Shapes) -> int:

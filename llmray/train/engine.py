@@ -109,6 +109,14 @@ class Engine:
         nothing = ByStep(lambda step: 0.0)
         return cls(model, {}, None, nothing, world=world, precision=precision, max_grad_norm=0.0)
 
+    def begin(self) -> None:
+        """Make the model what the first update changes: a PiSSA adapter takes its part of the base.
+
+        All ranks call it; it does nothing where that was done, or there is no such adapter.
+        """
+        if self._start is not None:
+            self._start.begin(self.model.model, self.world.broadcast)
+
     def forward_backward(
         self, micro_batches: Sequence[Batch], objective: Objective, *, entropy: bool = False
     ) -> StepOutput:
@@ -129,8 +137,7 @@ class Engine:
             raise ValueError("ranks differ in their number of micro-batches")
         if total == 0:
             raise ValueError("no rank has a target in this step")
-        if self._start is not None:
-            self._start.begin(self.model.model, self.world.broadcast)
+        self.begin()
         micro_batches = [self.referenced(batch.to(device)) for batch in micro_batches]
         objective = self.informed(objective, micro_batches, learns=True)
         self._wrapped.train()

@@ -202,6 +202,22 @@ def test_four_bits_by_hand():
     assert memory.quantized_bytes(8, doubly=True) == 1
 
 
+def test_pissa_takes_matrices_apart_and_beside_low_bits_reads_the_model_again(folders):
+    """The largest matrix three times in double precision; the files' pages can be dropped."""
+    number = architecture.count(architecture.shapes(folders / "llama"))
+
+    def found(**keys):
+        arguments = run_of(folders / "llama", **keys)
+        return memory.estimate_for(arguments, folders / "llama", [9], "fp32", recomputes=False)
+
+    assert (found().start, found().reread) == (0, 0)
+    whole, low = found(pissa_init=True), found(pissa_init=True, quantization_bit=4)
+    assert (whole.start, whole.reread) == (3 * 8 * 128 * 384, 0)
+    assert (low.start, low.reread) == (3 * 8 * 128 * 384, 4 * number)
+    assert low.peak == low.phases["start"] == low.weights + low.start + low.reread
+    assert low.resident == found(quantization_bit=4).resident
+
+
 def test_weights_that_are_quantised_in_their_files_are_counted_as_they_lie_there(folders, tmp_path):
     source = folders / "llama"
     config = json.loads((source / "config.json").read_text())

@@ -16,6 +16,8 @@ from layouts import make_rows
 from safetensors.torch import load_file
 from tuning_rows import MIDWAY, ROWS, STEPS, engine, keys_of, train, weights, write_adapters
 
+from llmray import local
+from llmray.arguments.loading import load
 from llmray.model import pissa
 from llmray.train.losses import LanguageModeling
 from llmray.train.observers import read_log
@@ -89,7 +91,7 @@ def test_two_ranks_equal_one_in_every_row(adapters: Path, tmp_path: Path) -> Non
         [*words, str(TESTS / "tuning_rows.py"), str(adapters), str(tmp_path)],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places},
-        timeout=280,
+        timeout=800,
     )
     for row in ROWS:
         one = engine(row, adapters, CPU)
@@ -135,6 +137,25 @@ def site(tmp_path_factory: pytest.TempPathFactory, adapters: Path) -> Path:
     return root
 
 
+def test_the_evaluation_before_the_first_update_sees_the_model_that_it_changes(
+    site: Path, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PiSSA beside low bits: not the plain low-bit model that was loaded."""
+    monkeypatch.setenv("LLMRAY_CACHE", str(tmp_path / "cache"))
+    keys = {**RUN, **keys_of("pissa-4-bit", adapters), "model_name_or_path": str(site / "wide")}
+    keys |= {"dataset_dir": str(site), "max_steps": 1, "learning_rate": 1e-12, "lora_dropout": 0.0}
+    keys |= {"val_size": 4, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    losses = {}
+    for starts in (True, False):
+        own = {"pissa_init": starts, "output_dir": str(tmp_path / str(starts))}
+        assert local.train(load({**keys, **own}, environ={})) == 0
+        log = read_log(tmp_path / str(starts) / "trainer_log.jsonl")
+        losses[starts] = [record["eval_loss"] for record in log if "eval_loss" in record]
+    for before, after in losses.values():
+        assert before == pytest.approx(after, abs=1e-6)
+    assert abs(losses[True][0] - losses[False][0]) > 1e-5
+
+
 def start(site: Path, adapters: Path, row: str, name: str) -> tuple[Path, subprocess.Popen[str]]:
     keys = {**RUN, **keys_of(row, adapters), "output_dir": str(site / name)}
     if row == "experts":
@@ -154,20 +175,20 @@ def start(site: Path, adapters: Path, row: str, name: str) -> tuple[Path, subpro
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=800)
     assert process.returncode == 0, text
     return text
 
 
 def killed_after(output: Path, process: subprocess.Popen[str], step: int) -> None:
     """End the process by SIGKILL as soon as its log shows `step`."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0]
         log = output / "trainer_log.jsonl"
         if log.is_file() and len(read_log(log)) >= step:
             process.send_signal(signal.SIGKILL)
-            process.communicate(timeout=30)
+            process.communicate(timeout=300)
             return
         time.sleep(0.002)
     raise AssertionError("the step never came")
