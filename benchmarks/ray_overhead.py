@@ -28,7 +28,7 @@ TWO_RANKS, TWO_WORKERS = "torchrun, 2 ranks", "Ray, 2 workers"
 
 def main() -> None:
     """Measure the four runs in turn, publish the ratios of each pair."""
-    options = parse()
+    options = parse(__doc__)
     run = run_file(options.model, options.data, options.steps)
     run |= {"disable_gradient_checkpointing": True, "fp32": True}
     names = (NO_RAY, ONE_WORKER, TWO_RANKS, TWO_WORKERS)
@@ -95,10 +95,10 @@ def ratio_of_steps(one: Measured, base: Measured) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
-def parse() -> argparse.Namespace:
+def parse(doc: str | None) -> argparse.Namespace:
     """The command line; paths may come from the environment."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for flag in ("model", "data"):
         variable = f"LLMRAY_BENCH_{flag.upper()}"

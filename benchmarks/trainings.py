@@ -41,13 +41,18 @@ class Measured:
 
 
 def ours(
-    run: Mapping[str, Any], directory: Path, threads: int, launcher: Sequence[str] = ()
+    run: Mapping[str, Any],
+    directory: Path,
+    threads: int,
+    launcher: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
 ) -> Measured:
     """Train `run` with llmray in a fresh process; `launcher` may be torchrun's words."""
     out = directory / "out"
     file = _write_run(run, directory, out)
     words = [sys.executable, *launcher, "-m", "llmray", "train", str(file)]
-    peak, wall = _spawn(words, directory, {"OMP_NUM_THREADS": str(threads)})
+    own = {"OMP_NUM_THREADS": str(threads)}
+    peak, wall = _spawn(words, directory, {**own, **(environ or {})})
     results = json.loads((out / "train_results.json").read_text())
     log = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
     log = [record for record in log if "loss" in record]
