@@ -160,7 +160,7 @@ def ask(endpoint, tmp_path, questions):
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=600,
     )
     return done.stdout.splitlines()
 
@@ -221,7 +221,7 @@ def begin(*words):
 def test_processes_that_come_together_download_once(repository, tmp_path):
     calls, answers = tmp_path / "calls", FORK.Queue()
     processes = [begin(repository, calls, 0.5, answers) for _ in range(3)]
-    assert {answers.get(timeout=30) for _ in processes} == {str(repository)}
+    assert {answers.get(timeout=600) for _ in processes} == {str(repository)}
     for process in processes:
         process.join()
     assert len(calls.read_text().splitlines()) == 1
@@ -232,14 +232,14 @@ def test_processes_that_come_together_download_once(repository, tmp_path):
 
 def test_a_process_that_dies_while_it_downloads_frees_the_others(repository, tmp_path):
     calls, answers = tmp_path / "calls", FORK.Queue()
-    first = begin(repository, calls, 60, answers)
+    first = begin(repository, calls, 900, answers)
     while not calls.exists() or not calls.read_text():
         time.sleep(0.01)
     second = begin(repository, calls, 0, answers)
     second.join(0.3)
     assert second.is_alive(), "it waits"
     os.kill(first.pid, signal.SIGKILL)
-    assert answers.get(timeout=30) == str(repository)
+    assert answers.get(timeout=600) == str(repository)
     second.join()
     assert len(calls.read_text().splitlines()) == 2
 

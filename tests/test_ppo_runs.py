@@ -409,7 +409,7 @@ def in_process(folder: Path, keys: dict[str, Any], place: Path, ranks: int = 1) 
         "PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")]),
     }
     command = [*start, "train", str(place / "run.json")]
-    subprocess.run(command, check=True, env=environ, timeout=280)
+    subprocess.run(command, check=True, env=environ, timeout=800)
 
 
 @pytest.mark.slow
@@ -457,7 +457,7 @@ def test_a_reward_server_of_its_own(folder: Path, tmp_path: Path, reward_dir: Pa
         in_process(folder, keys_of(folder, tmp_path / "out", **keys), tmp_path / "run")
     finally:
         server.terminate()
-        server.wait(60)
+        server.wait(600)
     log = [
         record for record in read_log(tmp_path / "out" / "trainer_log.jsonl") if "loss" in record
     ]

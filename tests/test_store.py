@@ -155,7 +155,7 @@ def test_a_writer_that_was_killed_is_swept_and_one_at_work_is_not(tmp_path):
     code = (
         "import sys, time; from llmray import store\n"
         "d = store.open_staging(sys.argv[1]); (d / 'half').write_text('x')\n"
-        "print('ready', flush=True); time.sleep(60)"
+        "print('ready', flush=True); time.sleep(900)"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "thing")]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as writer:

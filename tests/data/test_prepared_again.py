@@ -147,7 +147,7 @@ def test_a_run_that_waited_for_another_s_data_compares_it(
     waits, build = threading.Event(), prepared.build_shard
 
     def slowly(*given: Any) -> Any:
-        assert waits.wait(30), "the second run did not come"
+        assert waits.wait(300), "the second run did not come"
         return build(*given)
 
     monkeypatch.setattr(prepared, "build_shard", slowly)

@@ -88,7 +88,7 @@ def arguments(folder: Path, **keys: Any) -> RunArguments:
 
 def together(world_size: int, work: Callable[[Ranks], Any]) -> list[Any]:
     """What each rank comes to; ranks are threads that meet where they gather."""
-    barrier = threading.Barrier(world_size, timeout=60)
+    barrier = threading.Barrier(world_size, timeout=600)
     values: list[Any] = [None] * world_size
 
     def ranks(rank: int) -> Ranks:

@@ -65,4 +65,4 @@ def test_two_processes_hold_the_weights_of_a_file_once(tmp_path: Path) -> None:
             assert found["size"] > 6e7, found
             assert found["loaded"] < limit * found["size"], found
             assert found["used"] < limit * found["size"] + 2e7, found
-    assert [rank.wait(60) for rank in ranks] == [0, 0]
+    assert [rank.wait(600) for rank in ranks] == [0, 0]

@@ -28,9 +28,9 @@ class Meeting:
 
     def exchange(self, rank, values):
         self.brought[rank] = list(values)
-        self.barrier.wait(20)
+        self.barrier.wait(300)
         whole = [self.brought[r] for r in range(self.size)]
-        self.barrier.wait(20)
+        self.barrier.wait(300)
         return whole
 
 

@@ -5,6 +5,8 @@ import socket
 import subprocess
 import threading
 import time
+from contextlib import suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -150,7 +152,7 @@ def drip(handler):
     handler.send_header("Content-Type", "application/json")
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
-    for _ in range(30):
+    for _ in range(1000):
         time.sleep(0.05)
         try:
             handler.wfile.write(b" ")
@@ -158,13 +160,20 @@ def drip(handler):
             return
 
 
-@pytest.mark.parametrize("slow", [lambda handler: time.sleep(1.0), drip])
+def silent(handler):
+    """Answers nothing until the client has gone."""
+    handler.connection.settimeout(60)
+    with suppress(OSError):
+        handler.rfile.read(1)
+
+
+@pytest.mark.parametrize("slow", [silent, drip])
 def test_a_slow_server_runs_into_the_time_limit(server, slow):
     server.replies = [slow]
     started = time.perf_counter()
     with pytest.raises(HandleLost, match=r"no whole answer in 0\.5 s"):
         api(server, num_retries=0).score(ANSWERS)
-    assert time.perf_counter() - started < 0.9
+    assert time.perf_counter() - started < 30  # the drops alone would take 50 s
 
 
 @pytest.mark.parametrize(
@@ -233,27 +242,25 @@ def test_redirects_in_a_circle_end(server):
 
 
 def test_threads_have_connections_of_their_own(server):
-    server.replies = [lambda handler: Slow.answer(handler)] * 6
-    of, found = api(server, timeout_s=5), []
+    side_by_side = threading.Barrier(6)
+    server.replies = [partial(answer_together, side_by_side)] * 6
+    of, found = api(server, timeout_s=300), []
     threads = [threading.Thread(target=lambda: found.append(of.score(ANSWERS))) for _ in range(6)]
-    started = time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert found == [[3.0, 1.0]] * 6
-    assert time.perf_counter() - started < 6 * 0.1  # side by side
 
 
-class Slow:
-    @staticmethod
-    def answer(handler):
-        time.sleep(0.1)
-        content = json.dumps({"scores": [3.0, 1.0]}).encode()
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(content)))
-        handler.end_headers()
-        handler.wfile.write(content)
+def answer_together(barrier, handler):
+    """Answers when as many requests are there as the barrier has parties."""
+    barrier.wait(60)
+    content = json.dumps({"scores": [3.0, 1.0]}).encode()
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content)
 
 
 def test_tls_with_a_certificate_that_is_trusted_or_not(tmp_path, monkeypatch):
@@ -308,7 +315,7 @@ def test_a_token_without_tls_is_warned_of(caplog):
 def test_a_connection_that_was_used_before_has_the_same_time_limit(server):
     of = api(server, num_retries=0)
     of.score(ANSWERS)
-    server.replies = [lambda handler: time.sleep(1.0)]
+    server.replies = [silent]
     with pytest.raises(HandleLost, match=r"no whole answer in 0\.5 s"):
         of.score(ANSWERS)
 

@@ -342,7 +342,7 @@ def ranks(run_dir, mode):
         )
         for rank in range(2)
     ]
-    return [process.communicate(timeout=120)[0].strip() for process in processes]
+    return [process.communicate(timeout=800)[0].strip() for process in processes]
 
 
 def test_two_ranks_make_one_commit(run_dir):

@@ -257,7 +257,7 @@ def test_two_ranks_predict_what_one_does(site: Site) -> None:
         command = [sys.executable, *words, "-m", "llmray", "train", str(path)]
         size = 2 if name == "one" else 1
         command += [f"output_dir={site.root / name}", f"per_device_train_batch_size={size}"]
-        subprocess.run(command, check=True, env=environ, timeout=240)
+        subprocess.run(command, check=True, env=environ, timeout=800)
     assert site.predictions("one") == site.predictions("two")
     assert len(site.predictions("one")) == 7
     results = [site.json(name, "predict_results.json") for name in ("one", "two")]

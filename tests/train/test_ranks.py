@@ -65,7 +65,7 @@ def train(run_file: Path, name: str, launcher: list[str], *words: str) -> Path:
     output = run_file.parent / name
     environ = {**os.environ, "LLMRAY_CACHE": str(run_file.parent / "cache"), "OMP_NUM_THREADS": "1"}
     command = [*launcher, "-m", "llmray", "train", str(run_file), f"output_dir={output}", *words]
-    subprocess.run(command, check=True, env=environ, timeout=240)
+    subprocess.run(command, check=True, env=environ, timeout=800)
     return output
 
 

@@ -194,7 +194,7 @@ def test_two_ranks_equal_one(root: Path) -> None:
     (root / "two.json").write_text(json.dumps(settings))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--standalone", "-m", "llmray", "train", str(root / "two.json")]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=800)
     for key in ("loss", "margin", "accuracy", "grad_norm"):
         assert log(root / "two", key) == pytest.approx(log(one, key), abs=1e-4)
     assert results(root / "two", "predict_results") == pytest.approx(
@@ -216,12 +216,12 @@ def test_a_killed_run_goes_on_to_the_same_rewards(root: Path) -> None:
     (root / "killed.json").write_text(json.dumps(keys(root, "killed", **common)))
     command = [sys.executable, "-m", "llmray", "train", str(root / "killed.json")]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not list((root / "killed").glob("checkpoint-*")):
         assert time.monotonic() < end, "no checkpoint in time"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    assert process.wait(30) == -signal.SIGKILL
+    assert process.wait(300) == -signal.SIGKILL
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     step = re.search(r"resuming from \S+: step (\d+) of 60", done.stderr)
     assert step is not None, done.stderr

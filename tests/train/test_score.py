@@ -242,12 +242,12 @@ def test_callers_share_batches_and_take_turns():
     def run(sequences):
         batches.append([int(sequence[0]) for sequence in sequences])
         started.set()
-        assert go.wait(10)
+        assert go.wait(300)
         return [float(sequence[0]) for sequence in sequences]
 
     batcher = Batcher(run, max_tokens=4)
     first = batcher.submit(ids(1))
-    assert started.wait(10)
+    assert started.wait(300)
     many, few = batcher.submit(ids(*range(10, 15))), batcher.submit(ids(20))
     go.set()
     assert first.result(10) == [1.0]
@@ -263,13 +263,13 @@ def test_too_many_at_once_are_refused_and_the_gone_are_forgotten():
 
     def run(sequences):
         started.set()
-        assert go.wait(10)
+        assert go.wait(300)
         seen.extend(int(sequence[0]) for sequence in sequences)
         return [0.0] * len(sequences)
 
     batcher = Batcher(run, max_tokens=4, max_waiting=3)
     first = batcher.submit(ids(1))
-    assert started.wait(10)
+    assert started.wait(300)
     gone = batcher.submit(ids(2, 3))
     with pytest.raises(Busy, match="2 texts are waiting, and at most 3 may"):
         batcher.submit(ids(4, 5))

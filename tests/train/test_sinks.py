@@ -58,7 +58,7 @@ def train(run: RunArguments, start: int, stop: int, *, killed: bool = False) -> 
         return observer
     for channel in observer._channels:  # what a kill leaves is on disk: let all of it get there
         channel.put(lambda sink: sink.finish(succeeded=False), last=True)
-        channel.wait(60)
+        channel.wait(600)
     return observer
 
 
@@ -267,7 +267,7 @@ def test_lark_gets_a_signed_notice(tmp_path):
         url = f"http://127.0.0.1:{server.server_port}/hook"
         keys = {"swanlab_lark_webhook_url": url, "swanlab_lark_secret": "secret"}
         train(arguments(tmp_path, use_swanlab=True, **keys), 0, 2)
-        assert arrived.wait(20)
+        assert arrived.wait(300)
     finally:
         server.shutdown()
     key = f"{bodies[0]['timestamp']}\nsecret".encode()

@@ -82,12 +82,12 @@ def test_a_killed_run_goes_on_with_the_same_rows(keys, tmp_path) -> None:
     path = tmp_path / "run.json"
     path.write_text(json.dumps({**keys, "save_steps": 3}))
     process = subprocess.Popen([sys.executable, "-m", "llmray", "train", str(path)])
-    end = time.monotonic() + 90
+    end = time.monotonic() + 600
     while not list((tmp_path / "out").glob("checkpoint-*")):
         assert time.monotonic() < end, "no checkpoint in time"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait(30)
+    process.wait(300)
     steps = [int(path.name.split("-")[1]) for path in (tmp_path / "out").glob("checkpoint-*")]
     assert 0 < max(steps) < 40
     assert local.train(load(keys, environ={})) == 0
@@ -106,7 +106,7 @@ def test_two_ranks_equal_one(keys, tmp_path) -> None:
     subprocess.run(
         [sys.executable, *words, "-m", "llmray", "train", str(path)],
         check=True,
-        timeout=240,
+        timeout=800,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)

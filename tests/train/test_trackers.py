@@ -166,7 +166,7 @@ class Recorder:
 
     def log(self, values, step):
         if self.slow is not None:
-            self.slow.wait(30)
+            self.slow.wait(300)
         if step == self.broken:
             raise ConnectionError("no route\nto host")
         self.given.append((step, values))
