@@ -1,17 +1,19 @@
 """What rewards cost stage ppo: a reward that waits, a server that is slow, many handles, Ray.
 
-    python benchmarks/ppo_rewards.py [--parts sleep,api,handles,ray]
+    python benchmarks/ppo_rewards.py [--parts sleep,api,handles,actors,ray]
 
 sleep: a reward that waits as long as policy and reference take to read the responses, of which
 0.8 is to be hidden behind them. api: a server with a latency of 100 ms, which is to cost a tenth
 of the step at most. handles: R handles that wait, behind the dispatcher of the run, which are to
-score 0.85 R times what one does. ray: the whole loop in one worker of Ray beside no Ray, 0.95 of
-its speed at least. The model is that of `ppo_vs_peer.py`.
+score 0.85 R times what one does; actors: the same as actors of Ray on this machine. ray: the whole
+loop in one worker of Ray beside no Ray, 0.95 of its speed at least. The model is that of
+`ppo_vs_peer.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import statistics
 import subprocess
@@ -29,12 +31,13 @@ from ppo_vs_peer import OUR_PROBE, WARM_UP, run_file
 from report import Report
 from trainings import Measured, measure_steps, ours
 
-from llmray.rl.handles import Answer, InProcess
+from llmray.rl.handles import Answer, Handle, InProcess
 from llmray.rl.pool import Pool, PoolOptions
 
 LEAST_HIDDEN, MOST_API_SHARE, LEAST_OF_HANDLES, LEAST_OF_NO_RAY = 0.8, 0.1, 0.85, 0.95
 LATENCY_S = 0.1
 HANDLES = (1, 2, 4, 8, 16, 32, 64)
+ACTORS = (1, 2, 4)
 ANSWERS_A_HANDLE = 64
 SECONDS_A_TOKEN = 1e-4  # that a handle waits; an answer has about 100 tokens
 
@@ -87,6 +90,8 @@ def main() -> None:
         parts = options.parts.split(",")
         if "handles" in parts:
             of_handles(report)
+        if "actors" in parts:
+            of_actors(report)
         if "sleep" in parts or "api" in parts:
             of_waiting(report, scratch, options, parts)
         if "ray" in parts:
@@ -198,21 +203,64 @@ class Waits:
 
 def of_handles(report: Report) -> None:
     """Answers a second by R handles that wait, as many answers for each."""
-    rates = {number: rate_of(number) for number in HANDLES}
+    rates = {}
+    for number in HANDLES:
+        handles = [InProcess(f"waits-{i}", Waits()) for i in range(number)]
+        rates[number] = rate_of(handles)
+        for handle in handles:
+            handle.close()
+    compare(report, "waiting handles", rates)
+
+
+def of_actors(report: Report) -> None:
+    """The same by actors of Ray, each in a process of its own."""
+    import ray
+
+    from llmray.orchestration.reward_actor import ActorReward, Pong, Scored, Seat
+    from llmray.rl.merging import Merging
+
+    class Actor:
+        """What a reward model's actor is, with a model that waits."""
+
+        def __init__(self) -> None:
+            self._merging = Merging(Waits(), PoolOptions().batch_tokens)
+
+        async def score(self, answers: Sequence[Answer], caller: str) -> Scored:
+            asked = self._merging.submit(answers, caller)
+            return Scored(await asyncio.wrap_future(asked), os.getpid())
+
+        async def ping(self) -> Pong:
+            return Pong("", "", os.getpid())
+
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    rates = {}
+    for number in ACTORS:
+        kind = ray.remote(num_cpus=0)(Actor)
+        seats = [Seat("waits", i, kind.remote(), {}, Pong("", "", 0)) for i in range(number)]
+        ray.get([seat.actor.ping.remote() for seat in seats])
+        rates[number] = rate_of([ActorReward(seat, None) for seat in seats])
+        for seat in seats:
+            ray.kill(seat.actor)
+    ray.shutdown()
+    compare(report, "waiting actors", rates)
+
+
+def compare(report: Report, what: str, rates: dict[int, float]) -> None:
+    """A row for each number of handles."""
+    goal = f"at least {LEAST_OF_HANDLES}"
     for number, rate in rates.items():
         share = rate / (number * rates[1])
-        goal = f"at least {LEAST_OF_HANDLES}"
         told = f"{rate:.0f} answers/s"
-        what = f"{number} waiting handles, of {number} times one"
-        note(report, what, share, goal, share >= LEAST_OF_HANDLES, told)
+        title = f"{number} {what}, of {number} times one"
+        note(report, title, share, goal, share >= LEAST_OF_HANDLES, told)
 
 
-def rate_of(number: int) -> float:
-    """Answers a second, the median of three times."""
+def rate_of(handles: Sequence[Handle]) -> float:
+    """Answers a second through the dispatcher, the median of three times."""
+    number = len(handles)
     draw = np.random.default_rng(number)
     lengths = draw.integers(50, 151, number * ANSWERS_A_HANDLE).tolist()
     answers = [Answer(str(i), "p", "r", "pr", num_tokens=n) for i, n in enumerate(lengths)]
-    handles = [InProcess(f"waits-{i}", Waits()) for i in range(number)]
     pool = Pool(handles, PoolOptions())
     seconds = []
     for _ in range(3):
@@ -223,8 +271,6 @@ def rate_of(number: int) -> float:
             future.result()
         seconds.append(time.perf_counter() - started)
     pool.close()
-    for handle in handles:
-        handle.close()
     return len(answers) / statistics.median(seconds)
 
 
@@ -251,7 +297,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", default="sleep,api,handles,ray")
+    parser.add_argument("--parts", default="sleep,api,handles,actors,ray")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--buffer", type=int, default=1)

@@ -84,6 +84,7 @@ def create(model: PreTrainedModel, arguments: RunArguments) -> PeftModel:
             ordinary=_ordinary(model, arguments.model),
         )
         pissa.attach(tuned, start)
+    _quicken(tuned)
     return tuned
 
 
@@ -111,7 +112,14 @@ def resume(model: PreTrainedModel, name: str, arguments: RunArguments) -> PeftMo
         config.lora_alpha,
         ", with DoRA" if config.use_dora else "",
     )
+    _quicken(tuned)
     return tuned
+
+
+def _quicken(tuned: PeftModel) -> None:
+    from llmray.model import lora_linear  # peft takes a second to import
+
+    lora_linear.use(tuned)
 
 
 def merge(

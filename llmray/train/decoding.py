@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 KEPT_SHARE = 7 / 8  # of rows that go on: with fewer the others are taken out of the cache
+ROOM = 128  # tokens for which the cache has room beyond those that are there when it grows
 
 
 class Draw(Protocol):
@@ -91,6 +92,54 @@ def decode(
     return [_cut(row[:n], draw.stop_ids) for row, n in zip(tokens.tolist(), budgets, strict=True)]
 
 
+class _Roomy(DynamicLayer):
+    """Keys and values of one layer in tensors with room: a token is written, the rest stays."""
+
+    keys: Any  # (R, heads, T, size)
+    values: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rooms: list[Tensor] = []  # (R, heads, room, size) of keys and of values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take in those of new tokens; returns all, as parts of what is kept."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        stop = start + key_states.shape[-2]
+        if not self._rooms or self._rooms[0].shape[-2] < stop:
+            kept: list[Tensor | None] = [self.keys, self.values] if start else [None, None]
+            pairs = zip(kept, (key_states, value_states), strict=True)
+            self._rooms = [_with_room(old, new, stop + ROOM) for old, new in pairs]
+        keys, values = (room[..., :stop, :] for room in self._rooms)
+        keys[..., start:, :] = key_states
+        values[..., start:, :] = value_states
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some of the rows."""
+        super().batch_select_indices(indices)
+        self._rooms = []
+
+
+def _with_room(old: Tensor | None, new: Tensor, length: int) -> Tensor:
+    """A tensor (R, heads, length, size) like `new` that begins with `old`."""
+    room = new.new_empty(*new.shape[:-2], length, new.shape[-1])
+    if old is not None:
+        room[..., : old.shape[-2], :] = old
+    return room
+
+
+def _cache(model: PreTrainedModel) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_Roomy() if type(each) is DynamicLayer else each for each in cache.layers]
+    return cache
+
+
 @dataclass
 class _State:
     """What the model needs for the next token of the rows that are still there."""
@@ -121,7 +170,7 @@ class _State:
             seen = counts.scatter_add_(1, ids, mask) > 0  # padding is not seen
         return cls(
             model=model,
-            cache=DynamicCache(config=model.config),
+            cache=_cache(model),
             rows=torch.arange(len(prompts), device=device),
             ids=ids,
             mask=mask,

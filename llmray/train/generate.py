@@ -7,7 +7,7 @@ one of the stop tokens or when its budget is spent, whatever else is in the batc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from logging import getLogger
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from llmray.arguments.run import RunArguments
 
 log = getLogger("llmray")
+
+LEAST_FOLDED = 8  # tokens of a response for which an adapter is added to the weights
 
 
 @dataclass(frozen=True)
@@ -167,13 +169,23 @@ def generate(
         is_plain = streamer is None and sampling.num_beams == 1 and sampling.use_cache
         if is_plain and why_not_decoded(base) is None:
             drawn = torch.randint(2**62, (len(chosen),)).tolist() if own is None else own
-            rows = decode(base, chosen, limits, sampling, drawn)
+            with _folded(base, max(limits)):
+                rows = decode(base, chosen, limits, sampling, drawn)
         else:
             with _seeded(own, base.device):
                 rows = _by_transformers(base, chosen, sampling, max(limits), streamer)
     for number, row in zip(answered, rows, strict=True):
         responses[number] = ended(row[: budgets[number]], sampling.stop_ids)
     return responses
+
+
+def _folded(base: PreTrainedModel, num_new_tokens: int) -> AbstractContextManager[None]:
+    """Inside, a LoRA adapter is part of the weights, where that is worth while."""
+    if num_new_tokens < LEAST_FOLDED or not hasattr(base, "peft_config"):
+        return nullcontext()
+    from llmray.model.lora_linear import folded  # peft takes a second to import
+
+    return folded(base)
 
 
 def _by_transformers(
