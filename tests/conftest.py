@@ -9,6 +9,13 @@ import pytest
 from tiny import make_model, make_tokenizer
 
 
+def pytest_collection_modifyitems(items):
+    """Tests on Ray start many processes, and wait for one another's on a machine of few cores."""
+    for item in items:
+        if item.get_closest_marker("ray") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1200))
+
+
 @pytest.fixture
 def own_console():
     """Takes away the log handler that a command installs: it holds this test's stderr."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import platform
 import re
+import socket
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +37,7 @@ log = getLogger("llmray")
 T = TypeVar("T")
 
 PACKAGES = ("ray", "torch", "transformers")
+ANSWER_S = 10.0  # a head that is being started; Ray itself would try for forty seconds
 NODE_TIMEOUT_S = 120.0  # a node's first task starts a Python process and imports
 
 # what the driver's environment gives to workers; the rest stays here
@@ -102,6 +105,9 @@ def connect(arguments: ClusterArguments) -> Joined:
         **wanted,
     }
     _authenticate(address)
+    if address in (None, "local"):
+        # Ray would start workers at the priority 15, behind whatever else this machine does
+        os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         info = ray.init(address=address, **options)
     except (ConnectionError, ValueError, RuntimeError, OSError, AuthenticationError) as error:
@@ -164,8 +170,10 @@ def on_nodes(
     return results
 
 
-def check_versions(nodes: Sequence[Node]) -> None:
+def check_versions(nodes: Sequence[Node], env_vars: Mapping[str, str] | None = None) -> None:
     """Compare what decides a run's numbers on these nodes with this process.
+
+    Here as below `env_vars` are those of the run's other tasks, which then share a process.
 
     Raises:
         ClusterError: names every node that differs, and both versions.
@@ -178,7 +186,7 @@ def check_versions(nodes: Sequence[Node]) -> None:
     here = versions()
     wrong = []
     by_id = {node.node_id: node for node in nodes}
-    for node_id, there in on_nodes(nodes, versions).items():
+    for node_id, there in on_nodes(nodes, versions, env_vars=env_vars).items():
         wrong += [
             f"node {by_id[node_id].address} has {name} {there.get(name)}, the driver {version}"
             for name, version in here.items()
@@ -209,7 +217,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def check_visible(nodes: Sequence[Node], directory: str, key: str) -> None:
+def check_visible(
+    nodes: Sequence[Node], directory: str, key: str, env_vars: Mapping[str, str] | None = None
+) -> None:
     """Write a file into `directory` here and read it on all nodes.
 
     Raises:
@@ -221,13 +231,15 @@ def check_visible(nodes: Sequence[Node], directory: str, key: str) -> None:
     content = os.urandom(16).hex()
     store.write_atomic(probe, content)
     try:
-        seen = on_nodes(nodes, _reads, probe, content)
+        seen = on_nodes(nodes, _reads, probe, content, env_vars=env_vars)
     finally:
         Path(probe).unlink(missing_ok=True)
     _refuse_unseen(nodes, seen, directory, key)
 
 
-def check_exists(nodes: Sequence[Node], path: str, key: str) -> None:
+def check_exists(
+    nodes: Sequence[Node], path: str, key: str, env_vars: Mapping[str, str] | None = None
+) -> None:
     """Look for something that is here on all nodes; a name that is no path passes.
 
     Raises:
@@ -235,7 +247,8 @@ def check_exists(nodes: Sequence[Node], path: str, key: str) -> None:
     """
     if not nodes or not os.path.exists(path):
         return
-    _refuse_unseen(nodes, on_nodes(nodes, os.path.exists, path), path, key)
+    seen = on_nodes(nodes, os.path.exists, path, env_vars=env_vars)
+    _refuse_unseen(nodes, seen, path, key)
 
 
 def split_environment(environ: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -268,6 +281,7 @@ def _authenticate(address: str | None) -> None:
     if mode == "token" and not _has_token():
         raise ClusterError(_refused(address))
     try:
+        _wait_for_answer(address)
         try:
             _call(address)
         except AuthenticationError:
@@ -275,8 +289,28 @@ def _authenticate(address: str | None) -> None:
                 raise
             setup._enable_token_auth()
             _call(address)
-    except (RayError, ValueError, RuntimeError) as error:
+    except (RayError, ValueError, RuntimeError, ConnectionError) as error:
         raise ClusterError(_cannot_connect(address, error)) from error
+
+
+def _wait_for_answer(address: str) -> None:
+    """Wait until something listens at HOST:PORT; what is no such address is for Ray to refuse.
+
+    Raises:
+        ConnectionError: nothing does for `ANSWER_S`.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return
+    deadline = time.monotonic() + ANSWER_S
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S):
+                return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() >= deadline:
+                raise ConnectionError(f"nothing listens there ({error})") from error
+        time.sleep(0.2)
 
 
 def _call(address: str) -> None:

@@ -107,7 +107,8 @@ def _prepare_together(
     place = arguments.data.tokenized_path
     shared = store.parent(place) if place else str(prepared_root())
     Path(shared).mkdir(parents=True, exist_ok=True)
-    cluster.check_visible(others, shared, "tokenized_path" if place else "LLMRAY_CACHE")
+    key = "tokenized_path" if place else "LLMRAY_CACHE"
+    cluster.check_visible(others, shared, key, environ.open_vars)
     _, ref = ready_here(arguments, {}, build_shards=_Spread(nodes, environ))
     assert isinstance(ref, prepared.PreparedRef), "streams are not built"
     seen = cluster.on_nodes(others, _sees_intact, ref.path, timeout_s=None, **_with(environ))

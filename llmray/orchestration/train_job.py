@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -280,9 +280,10 @@ class _Driver:
         nodes = [n for n in inventory.nodes if capacity(n, placement.resources)]
         nodes = nodes or list(inventory.nodes)
         here = ray.get_runtime_context().get_node_id()
-        check_nodes(arguments, self.run_dir, [node for node in nodes if node.node_id != here])
-        actors.check(arguments, placement, inventory, os.getcwd())
         tasks_see = tasks_environment(self.is_ours)
+        others = [node for node in nodes if node.node_id != here]
+        check_nodes(arguments, self.run_dir, others, tasks_see.open_vars)
+        actors.check(arguments, placement, inventory, os.getcwd())
         with self.signals.interrupting():
             prepared = prepare_job.prepare(arguments, nodes, here, tasks_see)
         self._clear_run_dir()
@@ -414,18 +415,26 @@ class _Driver:
         return error
 
 
-def check_nodes(arguments: RunArguments, run_dir: str, nodes: list[Node]) -> None:
+def check_nodes(
+    arguments: RunArguments, run_dir: str, nodes: list[Node], env_vars: Mapping[str, str]
+) -> None:
     """Compare the other nodes with this process, before anything is loaded.
+
+    Args:
+        arguments: of the run.
+        run_dir: its run directory.
+        nodes: the other ones.
+        env_vars: of the tasks there, as those that prepare have them: they share a process.
 
     Raises:
         ClusterError: their versions differ, or they do not see what the run names.
     """
-    cluster.check_versions(nodes)
-    cluster.check_visible(nodes, store.parent(run_dir), "ray_storage_path")
+    cluster.check_versions(nodes, env_vars)
+    cluster.check_visible(nodes, store.parent(run_dir), "ray_storage_path", env_vars)
     for key in ("model_name_or_path", "adapter_name_or_path", "new_special_tokens_config"):
         value = getattr(arguments.model, key)
         for path in [value] if isinstance(value, str) else value or []:
-            cluster.check_exists(nodes, path, key)
+            cluster.check_exists(nodes, path, key, env_vars)
 
 
 def leave_files(run_dir: str, output_dir: str) -> bool:

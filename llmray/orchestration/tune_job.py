@@ -125,7 +125,7 @@ class _Driver:
         nodes = self._nodes(placement)
         here = ray.get_runtime_context().get_node_id()
         others = [node for node in nodes if node.node_id != here]
-        train_job.check_nodes(arguments, self.run_dir, others)
+        train_job.check_nodes(arguments, self.run_dir, others, self.environment.open_vars)
         self._open_ledger(resumes=resumes)
         asks = sweep.searcher == "optuna"
         searcher = Asked(sweep, self.entries.values()) if asks else Listed()

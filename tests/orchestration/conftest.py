@@ -24,6 +24,8 @@ import yaml
 
 OTHER_NODES = ("127.0.0.2", "127.0.0.3")
 CORES_OF_A_NODE = 2
+# one process less in each group of workers; submitted jobs have it
+WITHOUT_WATCHER = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +67,7 @@ def start_cluster(words, cwd=None, **environ):
         assert found, "the cluster did not start"
         yield found
         process.stdin.close()
-        process.wait(timeout=60)
+        process.wait(timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def head(request, ray_home):
         yield head
 
 
-def _wait_for_jobs(head, timeout=120.0):
+def _wait_for_jobs(head, timeout=600.0):
     """Until the head takes jobs: its agent starts some seconds after it."""
     ray_command = str(Path(sys.executable).with_name("ray"))
     words = [ray_command, "job", "submit", "--no-wait", "--", "true"]
@@ -124,25 +126,31 @@ class Run:
     def text(self):
         return "\n".join(self.lines)
 
-    def wait_for(self, pattern, timeout=120.0):
+    def wait_for(self, pattern):
         """The first match of `pattern` in the output."""
+        return self.until(lambda: re.search(pattern, self.text), repr(pattern))
+
+    def until(self, condition, what="it", timeout=600.0):
+        """What `condition` gives as soon as that is something, while the driver runs."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            match = re.search(pattern, self.text)
-            if match:
-                return match
-            assert self.process.poll() is None, f"ended early:\n{self.text}"
+            has_ended = self.process.poll() is not None
+            if has_ended:
+                self._reader.join(timeout=60)
+            if found := condition():
+                return found
+            assert not has_ended, f"ended before {what} came:\n{self.text}"
             time.sleep(0.01)
-        raise AssertionError(f"{pattern!r} did not come in {timeout} s:\n{self.text}")
+        raise AssertionError(f"{what} did not come in {timeout} s:\n{self.text}")
 
-    def finish(self, timeout=150.0):
+    def finish(self, timeout=600.0):
         """The exit code."""
         try:
             code = self.process.wait(timeout=timeout)
         finally:
             if self.process.poll() is None:
                 self.process.kill()
-        self._reader.join(timeout=10)
+        self._reader.join(timeout=60)
         return code
 
     def pids(self, attempt=1):
@@ -233,7 +241,7 @@ def launch(ray_home, run_keys, tmp_path_factory, launch_words):
         merged = {**run_keys, "output_dir": str(home.parent / "out" / name), **keys}
         file = home / "run.yaml"
         file.write_text(yaml.safe_dump(merged))
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})}
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", **WITHOUT_WATCHER, **(environ or {})}
         if address:
             variables["RAY_ADDRESS"] = address
         main = f"import sys\n{before}\nfrom llmray import cli\nsys.exit(cli.main())"
@@ -247,16 +255,16 @@ def launch(ray_home, run_keys, tmp_path_factory, launch_words):
 def nothing_runs(ray_cluster):
     """Waits until no process of a run is left on the cluster; fails if one stays."""
 
-    def wait(timeout=30.0):
+    def wait(timeout=300.0):
         deadline = time.monotonic() + timeout
-        while left := _actors(ray_cluster[1]):
+        while left := actors(ray_cluster[1]):
             assert time.monotonic() < deadline, f"still running: {left}"
             time.sleep(0.1)
 
     return wait
 
 
-def _actors(session_dir):
+def actors(session_dir):
     """Command lines of the cluster's processes that run or ran an actor."""
     name = os.path.basename(session_dir)
     found = []

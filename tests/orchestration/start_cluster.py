@@ -23,6 +23,14 @@ def main() -> None:
     cores, *others = words[has_dashboard:]
     options = {"num_cpus": int(cores), "object_store_memory": 100 * 2**20}
     os.environ.pop("LLMRAY_CACHE", None)  # what a node has is its own
+    # no process is started for every core before there is a task for it, and none gives way to
+    # what else the machine does
+    os.environ |= {
+        "RAY_worker_niceness": "0",
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_num_prestart_python_workers": "0",
+        "RAY_enable_worker_prestart": "0",
+    }
     cluster = Cluster(
         initialize_head=True,
         # not on 127.0.0.1: drivers take that for the machine's address

@@ -11,6 +11,8 @@ from llmray.arguments.cluster import ClusterArguments
 from llmray.errors import ClusterError, DataError
 from llmray.orchestration import cluster
 
+NICENESS = "RAY_worker_niceness"
+
 
 def arguments(address):
     return ClusterArguments(ray_init_kwargs={"address": address})
@@ -132,7 +134,7 @@ def test_cluster_that_wants_a_token_says_so(ray_address, tmp_path, environ, foun
         env={**kept, "HOME": str(tmp_path), **environ},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
     )
     assert f"The Ray cluster at {ray_address} {found}" in done.stdout, done.stdout + done.stderr
     assert "RAY_AUTH_" in done.stdout
@@ -145,6 +147,23 @@ def test_addresses_that_cannot_work_say_why(monkeypatch):
         cluster.connect(ClusterArguments(ray_init_kwargs={"address": "ray://head:10001"}))
     with pytest.raises(ClusterError, match=r"http://head:8265 is one of the job API.*ray job"):
         cluster.connect(ClusterArguments(ray_init_kwargs={"address": "http://head:8265"}))
+
+
+@pytest.mark.parametrize(("address", "niceness"), [("local", "0"), ("auto", None)])
+def test_workers_of_a_cluster_of_ones_own_give_way_to_nothing(address, niceness, monkeypatch):
+    """A cluster that runs already has its own; "local" starts one here."""
+    seen = []
+
+    def init(**options):
+        seen.append(os.environ.get(NICENESS))
+        raise ConnectionError("far enough")
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    monkeypatch.setenv(NICENESS, "")  # what the call sets is taken back
+    monkeypatch.delenv(NICENESS)
+    with pytest.raises(ClusterError, match="far enough"):
+        cluster.connect(arguments(address))
+    assert seen == [niceness]
 
 
 def test_environment_is_split_into_open_variables_and_secrets():
@@ -198,7 +217,8 @@ def test_environment_is_split_into_open_variables_and_secrets():
 
 
 @pytest.mark.ray
-def test_dead_address_is_said_before_anything_starts(ray_home, caplog):
+def test_dead_address_is_said_before_anything_starts(ray_home, caplog, monkeypatch):
+    monkeypatch.setattr(cluster, "ANSWER_S", 0.1)
     with (
         caplog.at_level(logging.CRITICAL),
         pytest.raises(ClusterError, match=r"127.0.0.1:1 cannot be joined: .*`ray start --head`"),

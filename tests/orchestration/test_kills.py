@@ -36,6 +36,15 @@ def committed(run):
     return {name for name in os.listdir(run.run_dir) if re.fullmatch(r"checkpoint-\d+", name)}
 
 
+def staged(run):
+    return {name for name in os.listdir(run.run_dir) if name.startswith(".tmp-checkpoint-")}
+
+
+def look_again(run):
+    assert run.process.poll() is None, run.text
+    time.sleep(0.001)
+
+
 def reported(run):
     path = run.run_dir / "checkpoint_manager_snapshot.json"
     return path.read_text() if path.is_file() else ""
@@ -50,31 +59,30 @@ def logged_step(run):
 def kill_between_steps_and_saves(run, pids):
     """Not at a save: after a step whose number is no multiple of save_steps."""
     while (step := logged_step(run)) % SAVE_STEPS != 2 or step < SAVE_STEPS:
-        assert run.process.poll() is None, run.text
-        time.sleep(0.001)
+        look_again(run)
     os.kill(pids[1], signal.SIGKILL)
     return step
 
 
 def kill_in_a_save(run, pids):
-    """While the staging directory of the second checkpoint is there and its commit is not."""
+    """While the staging directory of a checkpoint is there and its commit is not."""
+    left_behind = staged(run)
     while True:
-        assert run.process.poll() is None, run.text
-        unfinished = [n for n in os.listdir(run.run_dir) if n.startswith(".tmp-checkpoint-8")]
-        if not unfinished:
-            continue
-        stop([pids[0]])
-        if os.path.isdir(run.run_dir / unfinished[0]) and "checkpoint-8" not in committed(run):
-            kill(pids[0], [])
-            return 8
-        go_on([pids[0]])
+        look_again(run)
+        for name in staged(run) - left_behind:
+            stop([pids[0]])
+            step = int(re.match(r"\.tmp-checkpoint-(\d+)", name).group(1))
+            if name in staged(run) and f"checkpoint-{step}" not in committed(run):
+                kill(pids[0], [])
+                return step
+            go_on([pids[0]])
 
 
 def kill_between_commit_and_report(run, pids):
     """After the rename of a checkpoint, before Ray Train has heard of it."""
     seen = committed(run)
     while True:
-        assert run.process.poll() is None, run.text
+        look_again(run)
         new = committed(run) - seen
         if not new:
             continue
@@ -88,56 +96,67 @@ def kill_between_commit_and_report(run, pids):
         go_on(pids.values())
 
 
-@pytest.mark.parametrize(
-    ("killer", "strategy"),
-    [
-        (kill_between_steps_and_saves, "STRICT_SPREAD"),
-        (kill_in_a_save, "PACK"),
-        (kill_between_commit_and_report, "PACK"),
-    ],
-)
-def test_killed_worker_costs_a_save_interval_and_changes_nothing(
-    killer, strategy, undisturbed, launch, ray_address
+KILLERS = (kill_between_commit_and_report, kill_between_steps_and_saves, kill_in_a_save)
+
+
+def test_killed_workers_cost_a_save_interval_each_and_change_nothing(
+    undisturbed, launch, ray_address
 ):
-    run = launch(f"killed-{killer.__name__}", address=ray_address, placement_strategy=strategy)
-    pids = run.pids()
-    step = killer(run, pids)
+    run = launch("killed", address=ray_address, placement_strategy="STRICT_SPREAD")
+    groups = [run.pids()]
+    for attempt, killer in enumerate(KILLERS, start=1):
+        step = killer(run, groups[-1])
+        groups.append(run.pids(attempt + 1))
+        begun = resumed_at(run)
+        assert len(begun) == attempt
+        assert 0 < begun[-1] <= step <= begun[-1] + SAVE_STEPS
     assert run.finish() == 0, run.text
     assert "Traceback" not in run.text
-    begun = int(run.wait_for(r"resuming from \S+: step (\d+) of 12").group(1))
-    assert 0 < begun <= step
-    assert step - begun <= SAVE_STEPS
-    assert set(run.pids(attempt=2).values()).isdisjoint(pids.values())
-    assert "attempt 3" not in run.text
-    assert len(run.nodes()) == (2 if strategy == "STRICT_SPREAD" else 1)
+    pids = [pid for group in groups for pid in group.values()]
+    assert len(set(pids)) == 2 * len(groups)
+    assert len(resumed_at(run)) == len(KILLERS)
+    assert all(len(run.nodes(attempt)) == 2 for attempt in range(1, len(groups) + 1))
     assert run.weights() == undisturbed.weights()
     assert losses(run) == losses(undisturbed)
-    assert not [name for name in os.listdir(run.run_dir) if name.startswith(".tmp-")]
+    assert not staged(run)
 
 
-def test_killed_driver_leaves_nothing_running_and_the_run_goes_on(
+def resumed_at(run):
+    """The steps at which attempts went on, once the newest one has said so."""
+    newest = run.text.rindex("attempt ")
+    run.until(lambda: "resuming from" in run.text[newest:])
+    return [int(step) for step in re.findall(r"resuming from \S+: step (\d+) of 12", run.text)]
+
+
+def test_a_run_goes_on_after_ctrl_c_and_after_its_driver_was_killed(
     undisturbed, launch, ray_address, nothing_runs
 ):
-    run = launch("killed-driver", address=ray_address)
-    run.pids()
-    while logged_step(run) < SAVE_STEPS + 2:
-        assert run.process.poll() is None, run.text
-        time.sleep(0.001)
-    run.process.kill()
-    run.finish()
+    """Each leaves nothing running; the first one saves, also on storage without renames."""
+    name = "interrupted"
+    storage = f"file://{undisturbed.keys['ray_storage_path']}"
+    first = launch(name, address=ray_address, ray_storage_path=storage)
+    first.wait_for(r"step 2/12")
+    # Ctrl-C reaches every process of the terminal's group
+    os.killpg(first.process.pid, signal.SIGINT)
+    assert first.finish() == 130, first.text
+    nothing_runs()
+    stopped = logged_step(first)
+    assert stopped < 12
+    assert (first.run_dir / f"checkpoint-{stopped}" / "manifest.json").is_file()
+    second = launch(name, address=ray_address, resume_from_checkpoint=True)
+    second.wait_for(rf"step {stopped} of 12, {12 - stopped} steps remain")
+    while logged_step(second) == stopped:
+        look_again(second)
+    second.process.kill()
+    second.finish()
     nothing_runs()
     # overwrite_output_dir stands in most users' files: the explicit resume wins
-    again = launch(
-        "killed-driver",
-        address=ray_address,
-        resume_from_checkpoint=True,
-        overwrite_output_dir=True,
-    )
-    assert again.finish() == 0, again.text
-    begun = int(again.wait_for(r"resuming from \S+: step (\d+) of 12").group(1))
-    assert begun >= SAVE_STEPS
-    assert again.weights() == undisturbed.weights()
-    assert losses(again) == losses(undisturbed)
+    keys = {"resume_from_checkpoint": True, "overwrite_output_dir": True}
+    third = launch(name, address=ray_address, **keys)
+    assert third.finish() == 0, third.text
+    assert resumed_at(third)[0] >= stopped
+    assert third.weights() == undisturbed.weights()
+    assert losses(third) == losses(undisturbed)
 
 
 def losses(run):

@@ -41,12 +41,6 @@ def test_shards_of_one_build_are_made_on_all_nodes(launch, ray_address, tmp_path
     keys = {"before": SMALL_SHARDS, "data_shared_file_system": True, **shared}
     together = launch("together", address=ray_address, command="prepare", **keys)
     beside = launch("beside", address=ray_address, command="prepare", **keys)
-    assert together.finish() == 0, together.text
-    assert beside.finish() == 0, beside.text
-    [builder] = [run for run in (together, beside) if "prepared by the cluster" in run.text]
-    num_rows, by_node = tokenized(builder)
-    assert num_rows == 64
-    assert len(by_node) == 3
     alone = launch(
         "alone-prepared",
         address=None,
@@ -55,6 +49,12 @@ def test_shards_of_one_build_are_made_on_all_nodes(launch, ray_address, tmp_path
         before=SMALL_SHARDS,
         environ={"LLMRAY_CACHE": str(tmp_path / "alone")},
     )
+    assert together.finish() == 0, together.text
+    assert beside.finish() == 0, beside.text
+    [builder] = [run for run in (together, beside) if "prepared by the cluster" in run.text]
+    num_rows, by_node = tokenized(builder)
+    assert num_rows == 64
+    assert len(by_node) == 3
     assert alone.finish() == 0, alone.text
     assert prepared_in(tmp_path / "shared") == prepared_in(tmp_path / "alone")
     anew = launch(
@@ -95,7 +95,7 @@ def builders(session_dir):
 
 def wait_for(condition, run):
     """What a condition gives as soon as that is something."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (found := condition()):
         assert time.monotonic() < deadline, run.text
         time.sleep(0.01)
@@ -152,60 +152,60 @@ def test_builders_that_are_killed_repeat_the_shards_in_flight_alone(launch, ray_
     assert tokenized(last)[0] == sum(note["counts"]["read"] for note in left) > 0
 
 
-@pytest.mark.parametrize("sees_files", [True, False])
-def test_a_node_with_a_store_of_its_own_gets_the_data_once(
-    sees_files, launch, ray_home, run_keys, tmp_path
-):
+def test_a_node_with_a_store_of_its_own_gets_the_data_once(launch, run_keys, tmp_path):
     """Prepared there from the files, or sent where the node does not see them."""
     dataset_dir = Path(run_keys["dataset_dir"])
-    if not sees_files:
-        # this path leads to another folder in every process
-        driver = tmp_path / "driver"
-        driver.mkdir()
-        for name in ("rows.json", "dataset_info.json"):
-            (driver / name).write_bytes((dataset_dir / name).read_bytes())
-        dataset_dir = Path("/proc/self/cwd")
-    words = ["1", f"127.0.0.2={tmp_path / 'second'}"]
+    driver = tmp_path / "driver"
+    driver.mkdir()
+    for name in ("rows.json", "dataset_info.json"):
+        (driver / name).write_bytes((dataset_dir / name).read_bytes())
+    stores = tmp_path / "first", tmp_path / "second"
+    environ = {"LLMRAY_CACHE": str(stores[0])}
+    words = ["1", f"127.0.0.2={stores[1]}"]
     with start_cluster(words, cwd=tmp_path, RAY_AUTH_MODE="token") as (address, *_):
-        keys = {
-            "address": address,
-            "before": "pass"
-            if sees_files
-            else f"import os; os.chdir({str(tmp_path / 'driver')!r})",
-            "environ": {"LLMRAY_CACHE": str(tmp_path / "first")},
-            "dataset_dir": str(dataset_dir),
-        }
-        run = launch(
+        seen = launch("two-stores", address=address, command="prepare", environ=environ)
+        assert seen.finish() == 0, seen.text
+        assert rows_by_node(seen) == [64, 64]
+        first = prepared_in(stores[0])
+        assert prepared_in(stores[1]) == first
+        assert len(first) == 1
+        anew = launch(
             "two-stores",
+            address=address,
+            environ=environ,
+            overwrite_cache=True,
             placement_strategy="STRICT_SPREAD",
             max_steps=2,
             save_strategy="no",
-            **keys,
         )
-        assert run.finish() == 0, run.text
-        first, second = prepared_in(tmp_path / "first"), prepared_in(tmp_path / "second")
-        if sees_files:
-            anew = launch("anew", command="prepare", overwrite_cache=True, **keys)
-            assert anew.finish() == 0, anew.text
-            assert rows_by_node(anew) == [64, 64]
-        else:
-            # now the other node sees the same path lead to another file
-            rows = json.loads((tmp_path / "driver" / "rows.json").read_text())[1:]
-            (tmp_path / "rows.json").write_text(json.dumps(rows))
-            info = (tmp_path / "driver" / "dataset_info.json").read_text()
-            (tmp_path / "dataset_info.json").write_text(info)
-            differs = launch("differs", command="prepare", cutoff_len=100, **keys)
-            assert differs.finish() == 1, differs.text
-            assert "The data set does not come out the same on all nodes" in differs.text
-            said = r"rows\.json on \S+ is not that on 127\.0\.0\.2"
-            assert re.search(said, differs.text), differs.text
-    assert rows_by_node(run) == ([64, 64] if sees_files else [64])
-    was_sent = "127.0.0.2 does not see the data files" in run.text
-    assert was_sent is not sees_files
-    assert first == second
-    assert len(first) == 1
-    log = [json.loads(x) for x in (run.output_dir / "trainer_log.jsonl").read_text().splitlines()]
-    assert len(log) == 2
+        assert anew.finish() == 0, anew.text
+        assert rows_by_node(anew) == [64, 64]
+        assert [record["current_steps"] for record in anew.log()] == [1, 2]
+        # this path leads to another folder in every process
+        blind = {
+            "address": address,
+            "command": "prepare",
+            "before": f"import os; os.chdir({str(driver)!r})",
+            "environ": environ,
+            "dataset_dir": "/proc/self/cwd",
+        }
+        sent = launch("sent", cutoff_len=100, **blind)
+        assert sent.finish() == 0, sent.text
+        assert rows_by_node(sent) == [64]
+        both = prepared_in(stores[0])
+        assert prepared_in(stores[1]) == both
+        assert both.items() > first.items()
+        # now the other node sees the same path lead to another file
+        rows = json.loads((driver / "rows.json").read_text())[1:]
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+        (tmp_path / "dataset_info.json").write_bytes((driver / "dataset_info.json").read_bytes())
+        differs = launch("differs", cutoff_len=90, **blind)
+        assert differs.finish() == 1, differs.text
+    assert "127.0.0.2 does not see the data files" in sent.text
+    assert "does not see the data files" not in seen.text + anew.text
+    assert "The data set does not come out the same on all nodes" in differs.text
+    said = r"rows\.json on \S+ is not that on 127\.0\.0\.2"
+    assert re.search(said, differs.text), differs.text
 
 
 def rows_by_node(run):
