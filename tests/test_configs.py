@@ -123,7 +123,7 @@ def run_shortly(path: Path, model: Path, cache: Path, folder: Path, **more: obje
         env=environ,
         capture_output=True,
         text=True,
-        timeout=800,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -131,7 +131,7 @@ def run_shortly(path: Path, model: Path, cache: Path, folder: Path, **more: obje
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "path", [path for path in CONFIGS if not asks_for_gpus(path)], ids=lambda path: path.stem
 )
@@ -177,7 +177,7 @@ TUNED = [path for path in CONFIGS if path.stem.startswith("sft_") and "ray" not 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", TUNED, ids=lambda path: path.stem)
 def test_ten_steps_exported_give_the_logits_of_what_was_trained(
     path: Path, real_model: tuple[Path, Path], tmp_path: Path

@@ -15,7 +15,7 @@ from llmray import local
 from llmray.arguments.loading import load
 from llmray.train.observers import read_log
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.ray
 
 LORA = {"finetuning_type": "lora", "lora_rank": 4, "learning_rate": 0.01}
 STEPS = {"max_steps": 6, "save_steps": 3, "gradient_accumulation_steps": 4}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from llmray.train.observers import read_log
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture

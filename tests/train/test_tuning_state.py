@@ -82,7 +82,6 @@ def test_rates_of_lora_plus_follow_the_schedule(adapters: Path) -> None:
     assert 0 < embedding[0] < 1e-5
 
 
-@pytest.mark.timeout(300)
 def test_two_ranks_equal_one_in_every_row(adapters: Path, tmp_path: Path) -> None:
     """One pair of processes trains all rows."""
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
@@ -195,7 +194,6 @@ def killed_after(output: Path, process: subprocess.Popen[str], step: int) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("row", ROWS)
 def test_a_killed_run_ends_with_the_same_weights(row: str, site: Path, adapters: Path) -> None:
     undisturbed, process = start(site, adapters, row, f"{row}-whole")
