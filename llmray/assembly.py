@@ -63,6 +63,8 @@ class Context:
     report: Callable[[dict[str, float], str | None], None] | None = None
     rewards: Elsewhere | None = None  # None: all are in this process
     attempt: int = 1  # above 1: workers were lost, and this goes on from their last checkpoint
+    group: str | None = None  # what this run and others are called together in trackers
+    num_sharing: int = 1  # runs of that group, which share what is known of the reference
 
 
 @dataclass
@@ -203,7 +205,7 @@ def _reference_known(core: Core, feed: Feed, pace: Cadence) -> dict[str, np.ndar
         {"train": core.rows(feed.table), **core.evals},
         model_dir=core.context.model_dir,
         ahead=core.ahead,
-        sees_rows_again=pace.total_steps > feed.steps_per_epoch,
+        sees_rows_again=pace.total_steps * core.context.num_sharing > feed.steps_per_epoch,
     )
     core.evals |= comparison.with_known(core.evals, known)
     return known

@@ -104,7 +104,7 @@ def known_beforehand(
         tables: the rows to train and to evaluate on.
         model_dir: the policy's folder.
         ahead: how reading runs ahead.
-        sees_rows_again: whether rows are trained on more than once.
+        sees_rows_again: whether rows are trained on more than once, by this run or others.
     """
     wish = arguments.rlhf.precompute_ref_logps
     if engine.reference is None or wish is False or not isinstance(data, PreparedRef):

@@ -409,7 +409,8 @@ def _observers(core: Core, files: Artefacts) -> tuple[Observer, ...]:
     plots = (Plots(files.directory, keys),) if plot_loss else ()
     trackers: tuple[Observer, ...] = ()
     if choose(core.arguments.tracking, os.environ).names:
-        trackers = (Trackers(core.arguments, files.directory, os.environ),)
+        group = core.context.group
+        trackers = (Trackers(core.arguments, files.directory, os.environ, group),)
     return (JsonLines(files.directory), *plots, *trackers, *core.context.observers)
 
 

@@ -19,7 +19,7 @@ from llmray import hub
 from llmray.arguments import derived
 from llmray.arguments.model import ModelArguments
 from llmray.errors import LlmrayError, ModelError
-from llmray.model import embedding, kernels, pickled, quantize, rope
+from llmray.model import embedding, kernels, mapped, pickled, quantize, rope
 from llmray.model.quiet import quiet
 from llmray.model.recompute import recompute_activations
 from llmray.model_code import optional_imports
@@ -86,6 +86,7 @@ def load_model(
         model = model.eval()
     else:
         model = model.to(device).eval()
+    mapped.note(model, directory)
     model.llmray_directory = directory
     # what adapters and model cards name as their base: not the place of a cache
     model.name_or_path = model_args.model_name_or_path or str(directory)

@@ -44,6 +44,7 @@ class Job:
     seats: tuple[Any, ...] = field(default=(), repr=False)  # reward_actor.Seat
     metric: str | None = None  # of a sweep: the driver judges every record that has it
     group: str | None = None  # of a sweep: what its trials are called together in trackers
+    num_trials: int = 1  # that may share what is computed of their data
 
 
 @dataclass(frozen=True)

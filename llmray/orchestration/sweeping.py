@@ -7,6 +7,7 @@ proposes; `tune_job` makes what is needed before and writes what is left after.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from logging import WARNING, getLogger
 from typing import TYPE_CHECKING, Any
 
 from llmray.arguments.tune import Sweep
+from llmray.errors import LlmrayError, TrainingError
+from llmray.model.mapped import Load
 from llmray.orchestration.board import Job, Message
 from llmray.orchestration.ledger import Entry
 from llmray.orchestration.plan import Placement
@@ -31,7 +34,7 @@ log = getLogger("llmray")
 POLL_S = 0.1
 SAY_EVERY_S = 15.0
 END_S = 15.0  # for workers that were let go
-MANY_ALIKE = 3  # trials that fail for one reason before any reports: the rest would too
+MANY_ALIKE = 3  # trials that fail for one reason before any succeeds: the rest would too
 STOPPED, PAUSED = "stopped early", "paused"
 # why a whole sweep ends, beside signals
 OUT_OF_TIME, ALIKE = "time_budget_s", "failures all alike"
@@ -61,6 +64,7 @@ class Spent:
     starting: list[float] = field(default_factory=list)  # of each slot, until workers asked
     busy: float = 0.0  # trials, from first line to last
     between: float = 0.0  # slots whose workers waited for a trial
+    loads: list[tuple[str, Load]] = field(default_factory=list)  # of base weights, by node
 
 
 @dataclass
@@ -73,12 +77,14 @@ class Sweeping:
         searcher: where more come from.
         plan_of: makes a trial ready; called once for each attempt of the sweep.
         new_entry: an entry for values that the searcher proposes.
+        settings_of: the scheduler's settings for trials like one with so many updates an epoch.
         open_slot: starts a group of workers for a plan.
         at_once: how many groups at most.
         max_failures: of one trial; -1 for any number.
         signals: that end the sweep.
         say: shows how far it is.
         settled: called when a trial is over.
+        heard: called with everything that a trial's rank 0 tells.
     """
 
     sweep: Sweep
@@ -86,6 +92,7 @@ class Sweeping:
     searcher: Searcher
     plan_of: Callable[[Entry], Plan]
     new_entry: Callable[[Values], Entry]
+    settings_of: Callable[[Entry, int], Mapping[str, Any]]
     open_slot: Callable[[int, Plan], Slot]
     at_once: int
     max_failures: int
@@ -105,6 +112,7 @@ class Sweeping:
         self._order = 1 + max((o for e in self.entries.values() for o in e.orders), default=0)
         self._began = self._said = time.monotonic()
         self._stop: str | None = None  # why no trial goes on
+        self._causes: list[str] = []  # of trials that failed, numbers and names left out
         self._alike = False
 
     def run(self) -> str | None:
@@ -194,7 +202,6 @@ class Sweeping:
         if message.kind == "start":
             step, entry.total_steps = message.content
             entry.forget_after(step)
-            self._require_verdicts(entry.total_steps)
         elif message.kind == "record":
             [record] = message.content
             entry.step = record["current_steps"]
@@ -204,35 +211,37 @@ class Sweeping:
             [metrics] = message.content
             entry.metric = metrics.get(self.sweep.metric, entry.metric)
 
-    def _require_verdicts(self, total_steps: int) -> None:
-        """Make the scheduler once it is known how long a trial is, and tell it the past."""
+    def _require_verdicts(self, entry: Entry, report: Report) -> Verdicts:
+        """The scheduler, made at the first report, which says how long an epoch is."""
         if self._verdicts is not None:
-            return
+            return self._verdicts
         sweep = self.sweep
-        self._verdicts = Verdicts(
+        per_epoch = max(1, round(report.step / report.epoch))
+        found = self._verdicts = Verdicts(
             sweep.scheduler.kind,
-            sweep.scheduler.settings,
+            self.settings_of(entry, per_epoch),
             metric=sweep.metric,
             mode=sweep.mode,
-            total_steps=total_steps,
             seed=sweep.seed,
         )
         for name in self.entries:
-            self._verdicts.add(name)
+            found.add(name)
+        now = entry.orders[-1]  # of this report, which is judged by whoever asked
         past = [
-            (order, entry, report)
+            (order, entry.name, report)
             for entry in self.entries.values()
             for order, report in zip(entry.orders, entry.reports, strict=True)
+            if report.step and order < now
         ]
-        for _, entry, report in sorted(past, key=lambda told: told[0]):
-            self._verdicts.started(entry.name)
-            self._verdicts.judge(entry.name, report)
+        for _, name, report in sorted(past, key=lambda told: told[0]):
+            found.started(name)
+            found.judge(name, report)
         for entry in self.entries.values():
             if entry.is_over:
-                self._verdicts.ended(entry.name, failed=entry.state == "failed")
+                found.ended(entry.name, failed=entry.state == "failed")
             elif entry.name in self._since:
-                self._verdicts.started(entry.name)
-        self._put_out()
+                found.started(entry.name)
+        return found
 
     def _report(self, slot: Slot, entry: Entry, record: Mapping[str, Any]) -> None:
         value = float(record[self.sweep.metric])
@@ -243,8 +252,10 @@ class Sweeping:
         self._order += 1
         entry.metric = value
         entry.write()
-        assert self._verdicts is not None, "a trial starts before it reports"
-        said = self._verdicts.judge(entry.name, report)
+        if entry.step == 0:  # before anything was learned
+            slot.judge(None)
+            return
+        said = self._require_verdicts(entry, report).judge(entry.name, report)
         is_last = entry.step >= entry.total_steps
         reason = {"stop": STOPPED, "pause": PAUSED}.get(said)
         slot.judge(None if is_last else reason)
@@ -268,7 +279,8 @@ class Sweeping:
         """A trial's workers have told all of it."""
         self._leave(slot, entry, look)
         if look.failures:
-            self._fail(entry, str(look.failures[0][1]))
+            error = look.failures[0][1]
+            self._fail(entry, str(error), error)
         elif look.stopped == PAUSED:
             entry.state = "paused"
             entry.write()
@@ -281,7 +293,7 @@ class Sweeping:
             entry.state = "pending"  # to go on with resume=true
             entry.write()
         elif entry.metric is None or not math.isfinite(entry.metric):
-            self._fail(entry, f"{self.sweep.metric} is {entry.metric} at its end")
+            self._fail(entry, f"{self.sweep.metric} is {entry.metric} at its end.")
         else:
             self._close_entry(entry, "done", None)
 
@@ -296,13 +308,14 @@ class Sweeping:
         entry.attempts = look.attempts
         entry.seconds += time.monotonic() - self._since.pop(entry.name)
 
-    def _fail(self, entry: Entry, cause: str) -> None:
+    def _fail(self, entry: Entry, cause: str, error: Exception | None = None) -> None:
         log.warning("%s failed: %s", entry.name, cause)
         self._close_entry(entry, "failed", cause)
-        over = [e for e in self.entries.values() if e.is_over]
-        causes = {(e.cause or "").replace(e.name, "") for e in over}
-        silent = not any(e.reports for e in self.entries.values())
-        if len(over) >= MANY_ALIKE and silent and len(causes) == 1 and over[0].state == "failed":
+        if isinstance(error, LlmrayError) and not isinstance(error, TrainingError):
+            # of a loss that is no number the trial's own values may be the cause
+            self._causes.append(re.sub(r"[0-9a-f]{6,}|\d+", "#", cause))
+        came = any(e.state in ("done", "stopped") for e in self.entries.values())
+        if len(self._causes) >= MANY_ALIKE and len(set(self._causes)) == 1 and not came:
             self._alike = True
 
     def _close_entry(self, entry: Entry, state: Any, cause: str | None) -> None:
@@ -333,9 +346,9 @@ class Sweeping:
         entry.state, entry.cause = "pending", loss.text
         allowed = self.max_failures
         if loss.error is not None or (is_again and not loss.may_mend):
-            self._fail(entry, loss.text)
+            self._fail(entry, loss.text, loss.error)
         elif 0 <= allowed < entry.failures:
-            self._fail(entry, f"{loss.text}, more than ray_max_failures={allowed} times")
+            self._fail(entry, f"{loss.text}, more than ray_max_failures={allowed} times.")
         elif self._stop is None:
             log.warning("%s: %s. It goes on from its newest checkpoint", entry.name, loss.text)
             entry.write()
@@ -410,6 +423,7 @@ class Sweeping:
         """Add a slot's seconds to those of the sweep."""
         self.spent.busy += look.busy_s
         self.spent.between += look.idle_s
+        self.spent.loads += look.loads
         if look.asked_after_s is not None:
             self.spent.starting.append(look.asked_after_s)
 

@@ -14,6 +14,7 @@ import ray
 from ray.actor import ActorHandle
 
 from llmray.errors import LlmrayError
+from llmray.model.mapped import Load
 from llmray.orchestration.board import Board, Job, Message, Relay
 from llmray.train.observers import Record
 
@@ -32,6 +33,7 @@ class Look:
     attempts: int  # of the trial, those before this slot counted
     busy_s: float  # from the first to the last line of all trials here
     idle_s: float  # between trials, while there was another
+    loads: list[tuple[str, Load]]  # of base weights by all ranks, with the node's address
     asked_after_s: float | None  # from the board's beginning until workers asked for a trial
 
 
@@ -47,6 +49,7 @@ class TrialBoard(Board):
         self._began: float | None = None
         self._busy_s = self._idle_s = 0.0
         self._idle_since: float | None = None
+        self._loads: list[tuple[str, Load]] = []
         self._asked_after_s: float | None = None
 
     def give_trial(self, job: Job, attempts: int) -> None:
@@ -81,6 +84,10 @@ class TrialBoard(Board):
         if self._began is not None:
             self._busy_s += time.monotonic() - self._began
 
+    def count_loads(self, address: str, loads: list[Load]) -> None:
+        """Keep what a rank on that node loaded."""
+        self._loads += [(address, load) for load in loads]
+
     def exchange(self, messages: list[Message]) -> tuple[str | None, int]:
         """Take rank 0's messages; returns why it shall stop, and how many reports were judged."""
         self._messages += messages
@@ -101,6 +108,7 @@ class TrialBoard(Board):
             attempts=self._attempts,
             busy_s=self._busy_s,
             idle_s=self._idle_s,
+            loads=self._loads,
             asked_after_s=self._asked_after_s,
         )
 

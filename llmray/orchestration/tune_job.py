@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from logging import getLevelName, getLogger
@@ -27,6 +27,7 @@ from llmray import store
 from llmray.arguments.tune import Sweep, sweep_of
 from llmray.data.prepared import PreparedRef
 from llmray.errors import ClusterError
+from llmray.model.mapped import Load
 from llmray.orchestration import cluster, ledger, prepare_job, train_job
 from llmray.orchestration.board import Job, Message
 from llmray.orchestration.ledger import Entry
@@ -44,7 +45,8 @@ from llmray.orchestration.sweeping import (
 )
 from llmray.orchestration.train_job import DriverSignals, Stopped
 from llmray.stop_signals import EXIT_CODES
-from llmray.sweep import report, results
+from llmray.sweep import report, results, scheduling
+from llmray.sweep.scheduling import length_of
 from llmray.sweep.trials import Trial, run_of, sweep_directory, sweep_name, trials_of
 from llmray.train.observers import describe
 
@@ -138,6 +140,7 @@ class _Driver:
             searcher=searcher,
             plan_of=self._plan,
             new_entry=self._new_entry,
+            settings_of=self._settings,
             open_slot=self._open_slot,
             at_once=at_once,
             max_failures=arguments.cluster.ray_max_failures,
@@ -241,8 +244,13 @@ class _Driver:
             folder=os.getcwd(),
             metric=self.sweep.metric,
             group=sweep_name(self.arguments),
+            num_trials=max(len(self.entries), self.sweep.num_samples),
         )
         return Plan(run, Shape(placement, tuple(flat[key] for key in OF_PROCESS)), job)
+
+    def _settings(self, entry: Entry, steps_per_epoch: int) -> dict[str, Any]:
+        run = run_of(self.arguments, _trial(entry))
+        return scheduling.settings(self.sweep.scheduler, length_of(run, steps_per_epoch))
 
     def _open_slot(self, number: int, plan: Plan) -> Slot:
         slot = Slot(
@@ -299,6 +307,9 @@ class _Driver:
 
     def _leave_outputs(self) -> None:
         """The files and the table of the sweep, as far as it has come."""
+        slots = store.join(self.run_dir, SLOTS)
+        if store.exists(slots):
+            store.remove(slots)
         found = self._results()
         folder = results.write(self.arguments, self.sweep, found)
         print(report.table(self.sweep, found), flush=True)
@@ -322,6 +333,8 @@ class _Driver:
             ran,
             rows,
         )
+        for address in sorted({address for address, _ in spent.loads}):
+            log.info("%s", described_loads(address, [x for a, x in spent.loads if a == address]))
         if spent.starting and spent.busy:
             log.info(
                 "workers: %d group(s), ready after %.1f s at most; %.1f s in trials, %.1f s "
@@ -332,6 +345,16 @@ class _Driver:
                 spent.between,
                 100 * spent.between / spent.busy,
             )
+
+
+def described_loads(address: str, loads: Sequence[Load]) -> str:
+    """How often a node's memory holds base weights, in words."""
+    largest = {load.directory: load.num_mapped for load in loads if load.num_mapped}
+    shared, copied = sum(largest.values()), sum(load.num_bytes - load.num_mapped for load in loads)
+    return (
+        f"base weights on {address}: {len(loads)} loads; {shared / 2**20:.0f} MiB mapped once and "
+        f"shared by them, {copied / 2**20:.0f} MiB copied by all together"
+    )
 
 
 def _trial(entry: Entry) -> Trial:

@@ -57,10 +57,9 @@ class Verdicts:
 
     Args:
         kind: a row of `SCHEDULERS`, or `none`.
-        settings: of the scheduler, by Ray Tune's names; max_t and grace_period may be left out.
+        settings: of the scheduler, by Ray Tune's names.
         metric: a key of trainer_log.jsonl.
         mode: `min` or `max`.
-        total_steps: of a trial.
         seed: of what a scheduler draws.
     """
 
@@ -71,18 +70,16 @@ class Verdicts:
         *,
         metric: str,
         mode: str,
-        total_steps: int,
         seed: int,
     ) -> None:
         self.metric = metric
-        self.time_attr = str(settings.get("time_attr", "current_steps"))
         self._trials: dict[str, Candidate] = {}
         self._put_out: list[str] = []
         self._scheduler: TrialScheduler | None = None
         if kind == "none":
             return
         np.random.seed(seed)  # ASHA deals trials to its brackets by numpy's global generator
-        chosen = {"time_attr": self.time_attr, **_defaults(kind, settings, total_steps)}
+        chosen = _as_taken(kind, settings)
         self._scheduler = SCHEDULERS[kind](metric=metric, mode=mode, **chosen)
 
     def add(self, name: str) -> None:
@@ -164,15 +161,9 @@ class Verdicts:
         self._scheduler.on_trial_remove(self, trial)
 
 
-def _defaults(kind: str, settings: Mapping[str, Any], total_steps: int) -> dict[str, Any]:
-    """The settings with what follows from the run where they leave something out."""
-    found = {key: value for key, value in settings.items() if key != "time_attr"}
-    if kind in ("asha", "hyperband"):
-        found.setdefault("max_t", total_steps)
-    if kind in ("asha", "median"):
-        found.setdefault("grace_period", 1)  # the first evaluation comes no sooner
-    if kind == "asha" and found["max_t"] < found["grace_period"]:
-        found["grace_period"] = found["max_t"]
+def _as_taken(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as Ray Tune's class takes them."""
+    found = dict(settings)
     if kind == "median" and not found.get("min_time_slice"):
         # 0 would put a trial aside at every evaluation while others wait for their first
         found["min_time_slice"] = math.inf

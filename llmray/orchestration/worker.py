@@ -24,7 +24,8 @@ from llmray import downloads, hub, store
 from llmray.arguments.loading import replace
 from llmray.data import access
 from llmray.errors import LlmrayError
-from llmray.orchestration import prepare_job, reward_actor, roles
+from llmray.model import mapped
+from llmray.orchestration import prepare_job
 from llmray.orchestration.board import Job, Relay
 from llmray.orchestration.trial_board import CLOSED, TrialRelay, wait_for_offer
 from llmray.rl.rewards import Elsewhere
@@ -62,6 +63,8 @@ def train_trials(config: dict[str, Any]) -> None:
         except LlmrayError:
             if world.world_size > 1:
                 raise  # other ranks may wait for this one in a collective call
+        finally:
+            ray.get(board.count_loads.remote(ray.util.get_node_ip_address(), mapped.take()))
         gc.collect()  # models refer to themselves
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -97,6 +100,8 @@ def _train(board: ActorHandle, job: Job, world: World) -> None:
                 report=_reporter(world) if job.metric is None else None,
                 rewards=_rewards(job, board),
                 attempt=attempt,
+                group=job.group,
+                num_sharing=job.num_trials,
             )
             result = (job.core or run.run)(arguments, context)
         if world.is_main:

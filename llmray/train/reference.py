@@ -8,6 +8,7 @@ memory.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -290,6 +291,21 @@ class Kept:
     def __init__(self, prepared: str, digest: str, world: World) -> None:
         self.path = f"{prepared}.reference-{digest}"
         self._world = world
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let no other run of this machine be in such a block for the same reference and data."""
+        if not self._world.is_main:
+            yield
+            return
+        try:
+            lock = open(f"{self.path}.lock", "a")  # noqa: SIM115  # closed below
+        except OSError:  # a folder of somebody else's: nothing can be kept there either
+            yield
+            return
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def read(self, sizes: Mapping[str, int]) -> dict[str, np.ndarray] | None:
         """By table, (num_rows, 2) each; None unless all tables are there. A collective call."""

@@ -35,6 +35,7 @@ class Session:
     history: list[tuple[int, dict[str, float]]]  # what was logged up to `step`
     tracking: TrackingArguments
     environ: Mapping[str, str]
+    group: str | None = None  # of the runs of a sweep, each with its own name and id
 
 
 class Sink(Protocol):
@@ -118,10 +119,14 @@ class Wandb:
         environ = session.environ
         quiet = {} if "WANDB_SILENT" in environ else {"silent": True}
         console = {} if "WANDB_CONSOLE" in environ else {"console": "off"}
+        name, run_id = environ.get("WANDB_NAME"), environ.get("WANDB_RUN_ID")
+        if session.group is not None:
+            name = run_id = None
         self._run = wandb.init(
             project=environ.get("WANDB_PROJECT") or session.tracking.project,
-            name=environ.get("WANDB_NAME") or session.name,
-            id=environ.get("WANDB_RUN_ID") or session.run_id,
+            name=name or session.name,
+            id=run_id or session.run_id,
+            group=session.group or environ.get("WANDB_RUN_GROUP"),
             resume="allow",
             dir=environ.get("WANDB_DIR") or str(session.directory),
             config=dict(session.config),
@@ -190,6 +195,7 @@ class SwanLab:
             workspace=tracking.swanlab_workspace,
             name=tracking.swanlab_run_name or session.name,
             id=session.run_id,
+            group=session.group,
             resume="allow",
             log_dir=tracking.swanlab_logdir or str(session.directory / "swanlog"),
             config=dict(session.config),

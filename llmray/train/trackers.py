@@ -108,10 +108,24 @@ def _lacks(name: str, tracking: TrackingArguments, environ: Mapping[str, str]) -
 
 
 class Trackers(Observer):
-    """The chosen trackers of a run; all get the numbers of trainer_log.jsonl, by its keys."""
+    """The chosen trackers of a run; all get the numbers of trainer_log.jsonl, by its keys.
 
-    def __init__(self, arguments: RunArguments, directory: Path, environ: Mapping[str, str]):
+    Args:
+        arguments: of the run.
+        directory: of the run's files.
+        environ: the environment.
+        group: what the runs of a sweep are called together; none for a run alone.
+    """
+
+    def __init__(
+        self,
+        arguments: RunArguments,
+        directory: Path,
+        environ: Mapping[str, str],
+        group: str | None = None,
+    ) -> None:
         self.arguments = arguments
+        self.group = group
         self.directory = directory
         self.environ = environ
         self.identity = Identity(directory, fingerprint(arguments.flat()))
@@ -136,6 +150,7 @@ class Trackers(Observer):
             ],
             tracking=self.arguments.tracking,
             environ=self.environ,
+            group=self.group,
         )
         for name in choose(self.arguments.tracking, self.environ).names:
             self._channels.append(_Channel(name, partial(sinks.SINKS[name].open, session)))

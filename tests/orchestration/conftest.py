@@ -233,10 +233,10 @@ def launch_words():
 def launch(ray_home, run_keys, tmp_path_factory, launch_words):
     """Starts `llmray COMMAND` with these keys; `name` is the last part of output_dir.
 
-    `before` are lines of Python that the driver runs first.
+    `before` are lines of Python that the driver runs first, `words` those behind the file.
     """
 
-    def start(name, *, address, environ=None, command="train", before="pass", **keys):
+    def start(name, *, address, environ=None, command="train", before="pass", words=(), **keys):
         home = tmp_path_factory.mktemp("launch")
         merged = {**run_keys, "output_dir": str(home.parent / "out" / name), **keys}
         file = home / "run.yaml"
@@ -245,8 +245,8 @@ def launch(ray_home, run_keys, tmp_path_factory, launch_words):
         if address:
             variables["RAY_ADDRESS"] = address
         main = f"import sys\n{before}\nfrom llmray import cli\nsys.exit(cli.main())"
-        words = [sys.executable, "-c", main, command, str(file)]
-        return launch_words(words, variables, merged)
+        command_line = [sys.executable, "-c", main, command, str(file), *words]
+        return launch_words(command_line, variables, merged)
 
     return start
 

@@ -6,7 +6,7 @@ import pytest
 
 from llmray.arguments.space import parse
 from llmray.arguments.tune import Scheduler, Sweep
-from llmray.errors import TrainingError
+from llmray.errors import StoreError, TrainingError
 from llmray.orchestration import ledger, sweeping
 from llmray.orchestration.board import Message
 from llmray.orchestration.ledger import Entry
@@ -60,8 +60,9 @@ class FakeSlot:
     def look(self):
         if self.is_closed and self.is_idle:
             self.has_ended = True
-        messages = [] if self.trial is None or self.is_idle else list(self._advance())
-        return Look(messages, self.is_idle, self.stopped, self.failures, self.attempts, 1, 0, 1)
+        is_at_rest = self.trial is None or self.is_idle or self.has_ended
+        messages = [] if is_at_rest else list(self._advance())
+        return Look(messages, self.is_idle, self.stopped, self.failures, self.attempts, 1, 0, [], 1)
 
     def _advance(self):
         name, saved = self.trial, self.site.saved
@@ -75,7 +76,7 @@ class FakeSlot:
         elif self.step == STEPS:
             yield from self._finish()
         elif self.site.fails.get(name) == self.step:
-            self.failures, self.is_idle = [(0, TrainingError(self.site.why))], True
+            self.failures, self.is_idle = [(0, self.site.why)], True
         elif self.site.dies.get(name) == self.step:
             if self.site.dies_once:
                 del self.site.dies[name]
@@ -101,7 +102,7 @@ class Site:
         self.directory = directory
         self.given, self.trained, self.over = [], [], []
         self.saved, self.fails, self.dies, self.values = {}, {}, {}, {}
-        self.dies_once, self.why = True, "loss=nan"
+        self.dies_once, self.why = True, TrainingError("loss=nan")
         self.loss = Loss("rank 0 died")
         self.entries = {}
         self.signals = StopSignals()
@@ -119,6 +120,11 @@ class Site:
     def shape(self, entry):
         return Shape(Placement(1, {"CPU": 1.0}, "PACK"), ())
 
+    def settings_of(self, entry, steps_per_epoch):
+        assert steps_per_epoch == 10
+        settings = dict(self.loop.sweep.scheduler.settings)
+        return {"time_attr": "current_steps", "max_t": STEPS, **settings}
+
     def open_slot(self, number, plan):
         self.num_slots += 1
         return FakeSlot(self, number)
@@ -130,6 +136,7 @@ class Site:
             searcher=searcher or Listed(),
             plan_of=lambda entry: Plan(None, self.shape(entry), None),
             new_entry=self.add,
+            settings_of=self.settings_of,
             open_slot=self.open_slot,
             at_once=at_once,
             max_failures=max_failures,
@@ -168,7 +175,7 @@ def test_ledger_holds_what_is_over(site):
 
 
 def test_asha_stops_worse_trials_a_step_after_its_word(site):
-    site.sweep(at_once=1, scheduler=Scheduler("asha", {"reduction_factor": 2}))
+    site.sweep(at_once=1, scheduler=Scheduler("asha", {"grace_period": 1, "reduction_factor": 2}))
     states = dict(zip(site.entries, site.states(), strict=True))
     assert states["trial_002"] == "done"
     assert states["trial_004"] == "stopped"
@@ -206,7 +213,7 @@ def test_a_trial_that_always_dies_fails_and_the_others_do_not(site):
     site.dies, site.dies_once = {"trial_002": 5}, False
     site.sweep(max_failures=2)
     assert site.states() == ["done", "failed", "done", "done"]
-    assert site.entries["trial_002"].cause == "rank 0 died, more than ray_max_failures=2 times"
+    assert site.entries["trial_002"].cause == "rank 0 died, more than ray_max_failures=2 times."
     assert site.entries["trial_002"].failures == 3
 
 
@@ -226,13 +233,21 @@ def test_an_error_of_one_trial_leaves_its_workers(site):
     assert site.num_slots == 1
 
 
-def test_three_that_fail_alike_before_any_report_end_the_sweep(tmp_path, monkeypatch):
+def test_three_that_fail_alike_before_any_succeeds_end_the_sweep(tmp_path, monkeypatch):
     monkeypatch.setattr(sweeping, "POLL_S", 0.0)
     site = Site(tmp_path, values=range(1, 9))
-    site.fails, site.why = dict.fromkeys(site.values, 0), "the disk is full"
+    site.fails, site.why = dict.fromkeys(site.values, 3), StoreError(f"{tmp_path}/a1b2c3d4 is full")
     assert site.sweep() == sweeping.ALIKE
     assert site.states().count("failed") in (3, 4)
     assert site.states().count("pending") >= 4
+
+
+def test_losses_that_are_no_numbers_end_no_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeping, "POLL_S", 0.0)
+    site = Site(tmp_path, values=range(1, 6))
+    site.fails = dict.fromkeys(["trial_001", "trial_002", "trial_003"], 3)
+    assert site.sweep() is None
+    assert site.states() == ["failed"] * 3 + ["done"] * 2
 
 
 def test_signal_saves_and_leaves_the_rest(site):

@@ -7,8 +7,16 @@ import pytest
 from llmray.orchestration.verdicts import Report, Verdicts
 
 
-def verdicts(kind, total_steps=8, mode="min", **settings):
-    return Verdicts(kind, settings, metric="eval_loss", mode=mode, total_steps=total_steps, seed=1)
+def verdicts(kind, mode="min", **settings):
+    defaults = {
+        "none": {},
+        "asha": {"max_t": 8, "grace_period": 1},
+        "hyperband": {"max_t": 8},
+        "median": {"grace_period": 1},
+    }
+    timed = {} if kind == "none" else {"time_attr": "current_steps"}
+    chosen = {**timed, **defaults[kind], **settings}
+    return Verdicts(kind, chosen, metric="eval_loss", mode=mode, seed=1)
 
 
 def report(step, value):

@@ -258,3 +258,28 @@ def test_a_run_that_ends_by_an_error_is_marked_as_failed(tmp_path, install, monk
 def test_numbers_of_a_record():
     record = {"current_steps": 3, "total_steps": 9, "loss": 1.5, "elapsed_time": "0:01", "x": True}
     assert numbers(record) == {"loss": 1.5}
+
+
+# ---- sweeps ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["wandb", "swanlab"])
+def test_trials_have_one_group_and_ids_of_their_own(name, tmp_path, monkeypatch):
+    asked = []
+
+    def init(**named):
+        asked.append(named)
+        raise ConnectionError("not in this test")
+
+    monkeypatch.setattr(f"{name}.init", init)
+    environ = {"WANDB_MODE": "offline", "WANDB_RUN_ID": "one", "WANDB_NAME": "one"}
+    keys = {"report_to": name, "swanlab_mode": "offline"}
+    for number in (1, 2):
+        run = arguments(**keys, run_name=f"sweep/trial_{number}")
+        trackers_of = Trackers(run, tmp_path / str(number), environ, "sweep")
+        trackers_of.on_start(0, 1)
+        trackers_of.on_end({})
+    first, second = asked
+    assert first["group"] == second["group"] == "sweep"
+    assert [first["name"], second["name"]] == ["sweep/trial_1", "sweep/trial_2"]
+    assert first["id"] != second["id"]

@@ -1,0 +1,96 @@
+"""The driver of a sweep without a cluster: how many trials at a time, lines, what outputs show."""
+
+import logging
+
+import pytest
+
+from llmray.arguments.loading import load
+from llmray.arguments.tune import sweep_of
+from llmray.model.mapped import Load
+from llmray.orchestration import tune_job
+from llmray.orchestration.board import Message
+from llmray.orchestration.ledger import Entry
+from llmray.orchestration.plan import Inventory, Node
+from llmray.orchestration.train_job import DriverSignals
+from llmray.orchestration.verdicts import Report
+
+SEARCH = {"learning_rate": {"grid": [1e-4, 1e-3]}}
+
+
+def driver(tmp_path, cores=4, gpus=0, tune=None, **keys):
+    base = {
+        "model_name_or_path": "m",
+        "dataset": "d",
+        "template": "default",
+        "stage": "sft",
+        "do_train": True,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "val_size": 2,
+        "output_dir": str(tmp_path / "out"),
+        "ray_storage_path": str(tmp_path / "saves"),
+        "tune": {"search": SEARCH, **(tune or {})},
+    }
+    arguments = load({**base, **keys}, environ={})
+    made = tune_job._Driver(arguments, sweep_of(arguments), DriverSignals(), True, None)
+    resources = {"CPU": float(cores), **({"GPU": float(gpus)} if gpus else {})}
+    made.inventory = Inventory((Node("1", "10.0.0.1", resources),), resources)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("given", "resources", "at_once"),
+    [
+        ({}, {"CPU": 4.0}, 1),
+        ({"tune": {"max_concurrent": 2}}, {"CPU": 2.0}, 2),
+        ({"tune": {"max_concurrent": 3}}, {"CPU": 1.0}, 3),
+        ({"tune": {"max_concurrent": 9}}, {"CPU": 1.0}, 4),
+        ({"resources_per_worker": {"CPU": 1}}, {"CPU": 1.0}, 4),
+        ({"resources_per_worker": {"CPU": 1}, "ray_num_workers": 2}, {"CPU": 1.0}, 2),
+        ({"ray_num_workers": 2, "tune": {"max_concurrent": 2}}, {"CPU": 1.0}, 2),
+        ({"gpus": 8}, {"GPU": 1.0}, 8),
+        ({"gpus": 8, "ray_num_workers": 3}, {"GPU": 1.0}, 2),
+        ({"gpus": 8, "tune": {"max_concurrent": 4}}, {"GPU": 1.0}, 4),
+        ({"gpus": 1, "use_cpu": True, "tune": {"max_concurrent": 2}}, {"CPU": 2.0}, 2),
+    ],
+)
+def test_trials_at_a_time_follow_from_resources(tmp_path, given, resources, at_once):
+    found = driver(tmp_path, **given)
+    placement = found._placement(found.arguments)
+    assert placement.resources == resources
+    assert found._at_once(placement) == at_once
+
+
+def test_a_trial_keeps_its_lines_and_a_warning_is_shown_once(tmp_path, caplog):
+    found = driver(tmp_path)
+    entries = [Entry(n, f"trial_00{n}", {}, str(tmp_path)) for n in (1, 2)]
+    record = {"current_steps": 2, "total_steps": 4, "eval_loss": 1.5, "remaining_time": "0:00:01"}
+    with caplog.at_level(logging.INFO, "llmray"):
+        for entry in entries:
+            found._heard(entry, Message("log", (logging.INFO, "reading")))
+            found._heard(entry, Message("log", (logging.WARNING, "few rows")))
+            found._heard(entry, Message("record", (record,)))
+    assert caplog.messages == ["trial_001: few rows"]
+    text = (tmp_path / "out" / "trial_002" / "trial.log").read_text()
+    assert text == "reading\nwarning: few rows\nstep 2/4, eval_loss 1.5000, ETA 0:00:01\n"
+
+
+def test_what_outputs_show_of_an_entry():
+    reports = [Report(2, 0.5, 1, 3.0), Report(4, 1.0, 2, 2.5)]
+    entry = Entry(1, "trial_001", {"x": 1}, "r", "done", 4, 4, reports, [1, 2], metric=2.5)
+    shown = tune_job._result(entry)
+    assert (shown.state, shown.curve, shown.error) == ("finished", ((2, 3.0), (4, 2.5)), None)
+    entry.metric = 3.0  # of the best weights, put back at the end
+    assert tune_job._result(entry).curve == ((2, 3.0), (4, 3.0))
+    entry.state, entry.cause = "failed", "loss=nan"
+    assert (tune_job._result(entry).state, tune_job._result(entry).error) == ("failed", "loss=nan")
+    entry.state, entry.cause = "stopped", "time_budget_s"
+    assert tune_job._result(entry).state == "out of time"
+
+
+def test_weights_that_are_mapped_count_once_on_a_node():
+    loads = [Load("/m", 100 * 2**20, 100 * 2**20)] * 3 + [Load("/m", 50 * 2**20, 0)]
+    assert tune_job.described_loads("10.0.0.1", loads) == (
+        "base weights on 10.0.0.1: 4 loads; 100 MiB mapped once and shared by them, 50 MiB copied "
+        "by all together"
+    )
