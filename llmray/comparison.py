@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
@@ -113,18 +114,22 @@ def known_beforehand(
         return {}  # `true` is refused with the arguments
     digest = reference.identity(arguments, model_dir)
     kept = reference.Kept(data.path, digest, engine.world)
-    found = kept.read({name: rows.table.num_rows for name, rows in tables.items()})
-    if found is None:
-        if wish == "auto" and not sees_rows_again:
-            return {}
-        per_device = arguments.training.per_device_eval_batch_size
-        log.info("the reference is asked once for all rows (precompute_ref_logps: %s)", wish)
-        found = {
-            name: reference.logps(engine, rows, per_device, ahead) for name, rows in tables.items()
-        }
-        kept.write(found)
-    else:
-        log.info("what the reference says is known from %s", kept.path)
+    sizes = {name: rows.table.num_rows for name, rows in tables.items()}
+    found = kept.read(sizes)
+    if found is None and wish == "auto" and not sees_rows_again:
+        return {}
+    with nullcontext() if found is not None else kept.alone():
+        found = found or kept.read(sizes)  # another run may have asked meanwhile
+        if found is None:
+            per_device = arguments.training.per_device_eval_batch_size
+            log.info("the reference is asked once for all rows (precompute_ref_logps: %s)", wish)
+            found = {
+                name: reference.logps(engine, rows, per_device, ahead)
+                for name, rows in tables.items()
+            }
+            kept.write(found)
+        else:
+            log.info("what the reference says is known from %s", kept.path)
     engine.reference = None
     return found
 

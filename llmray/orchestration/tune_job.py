@@ -26,9 +26,9 @@ import ray
 from llmray import store
 from llmray.arguments.tune import Sweep, sweep_of
 from llmray.data.prepared import PreparedRef
-from llmray.errors import ClusterError
+from llmray.errors import ArgumentsError, ClusterError
 from llmray.model.mapped import Load
-from llmray.orchestration import cluster, ledger, prepare_job, train_job
+from llmray.orchestration import actors, cluster, ledger, prepare_job, train_job
 from llmray.orchestration.board import Job, Message
 from llmray.orchestration.ledger import Entry
 from llmray.orchestration.plan import Inventory, Placement, capacity, groups_at_once, place
@@ -46,8 +46,9 @@ from llmray.orchestration.sweeping import (
 from llmray.orchestration.train_job import DriverSignals, Stopped
 from llmray.stop_signals import EXIT_CODES
 from llmray.sweep import report, results, scheduling
-from llmray.sweep.scheduling import length_of
+from llmray.sweep.scheduling import Length
 from llmray.sweep.trials import Trial, run_of, sweep_directory, sweep_name, trials_of
+from llmray.train.loop import cadence
 from llmray.train.observers import describe
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ class _Driver:
 
     def run(self, *, resumes: bool) -> int:
         arguments, sweep = self.arguments, self.sweep
+        _refuse_reward_models(arguments)
         placement = self._placement(arguments)
         for note in placement.notes:
             log.info("%s", note)
@@ -249,8 +251,10 @@ class _Driver:
         return Plan(run, Shape(placement, tuple(flat[key] for key in OF_PROCESS)), job)
 
     def _settings(self, entry: Entry, steps_per_epoch: int) -> dict[str, Any]:
-        run = run_of(self.arguments, _trial(entry))
-        return scheduling.settings(self.sweep.scheduler, length_of(run, steps_per_epoch))
+        found = cadence(run_of(self.arguments, _trial(entry)).training, steps_per_epoch)
+        every = found.eval_steps or found.total_steps
+        length = Length(found.total_steps, steps_per_epoch, every)
+        return scheduling.settings(self.sweep.scheduler, length)
 
     def _open_slot(self, number: int, plan: Plan) -> Slot:
         slot = Slot(
@@ -345,6 +349,16 @@ class _Driver:
                 spent.between,
                 100 * spent.between / spent.busy,
             )
+
+
+def _refuse_reward_models(arguments: RunArguments) -> None:
+    roles = actors.roles_of(arguments)
+    if roles:
+        raise ArgumentsError(
+            f"{roles[0].name} is loaded on Ray, but a sweep starts no actors for reward models "
+            "yet. Serve it by `llmray reward-server` and name its address as reward_model, or "
+            "train without a sweep."
+        )
 
 
 def described_loads(address: str, loads: Sequence[Load]) -> str:

@@ -25,7 +25,7 @@ from llmray.arguments.loading import replace
 from llmray.data import access
 from llmray.errors import LlmrayError
 from llmray.model import mapped
-from llmray.orchestration import prepare_job
+from llmray.orchestration import prepare_job, reward_actor, roles
 from llmray.orchestration.board import Job, Relay
 from llmray.orchestration.trial_board import CLOSED, TrialRelay, wait_for_offer
 from llmray.rl.rewards import Elsewhere

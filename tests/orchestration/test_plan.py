@@ -4,7 +4,16 @@ import pytest
 
 from llmray.arguments.cluster import ClusterArguments
 from llmray.errors import ClusterError
-from llmray.orchestration.plan import Inventory, Node, Placement, capacity, groups_at_once, place
+from llmray.orchestration.plan import (
+    Inventory,
+    Node,
+    Placement,
+    Role,
+    capacity,
+    groups_at_once,
+    place,
+    room_beside,
+)
 
 
 def inventory(*nodes, available=None, limits=None):
@@ -124,6 +133,112 @@ def test_autoscaler_counts_with_what_it_may_grow_to():
     assert placement.resources == {"GPU": 1.0}
     with pytest.raises(ClusterError, match=r"needs 9 GPU .* the cluster has 8"):
         place(arguments(ray_num_workers=9), grows)
+
+
+def rewards(number=2, **keys):
+    return Role("reward model rm", number, **{"resources": {"CPU": 1.0}, **keys})
+
+
+THREE_SMALL = inventory({"CPU": 2.0}, {"CPU": 2.0}, {"CPU": 2.0})
+
+
+def placed(keys, *roles, on=THREE_SMALL, **options):
+    return place(arguments(**keys), on, roles=roles, **options)
+
+
+def test_actors_are_counted_before_the_workers_share_what_is_left():
+    """Of 6 cores on 3 nodes 2 are the actors'; a worker alone then has a whole node."""
+    found = placed({}, rewards())
+    assert (found.num_workers, found.resources) == (1, {"CPU": 2.0})
+    [role] = found.roles
+    assert len(set(role.node_ids)) == 1  # PACK
+
+
+def test_actors_without_resources_take_a_gpu_or_a_core():
+    [on_gpu] = placed({}, rewards(resources={}), on=TWO_GPU_NODES).roles
+    [on_core] = placed({}, rewards(resources={}), on=TWO_GPU_NODES, use_cpu=True).roles
+    assert (on_gpu.resources, on_core.resources) == ({"GPU": 1.0}, {"CPU": 1.0})
+
+
+def test_actors_leave_a_strict_worker_group_its_node():
+    """Workers that need both cores of one node twice: actors must share the third node."""
+    keys = {
+        "ray_num_workers": 2,
+        "resources_per_worker": {"CPU": 2},
+        "placement_strategy": "STRICT_SPREAD",
+    }
+    found = placed(keys, rewards())
+    [role] = found.roles
+    assert len(set(role.node_ids)) == 1
+    assert room_beside(found, THREE_SMALL, role.node_ids)
+    assert not room_beside(found, THREE_SMALL, ["id0", "id1"])
+
+
+def test_actors_spread_and_keep_to_their_labels():
+    nodes = tuple(
+        Node(f"id{i}", f"10.0.0.{i}", {"CPU": 2.0}, {"kind": kind})
+        for i, kind in enumerate(("fast", "slow", "slow"))
+    )
+    on = Inventory(nodes, {"CPU": 6.0})
+    [spread] = placed({}, rewards(strategy="SPREAD"), on=on).roles
+    [slow] = placed({}, rewards(strategy="STRICT_SPREAD", labels={"kind": "slow"}), on=on).roles
+    [other] = placed({}, rewards(labels={"kind": "!in(slow, none)"}), on=on).roles
+    assert len(set(spread.node_ids)) == 2
+    assert set(slow.node_ids) == {"id1", "id2"}
+    assert set(other.node_ids) == {"id0"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "role", "said"),
+    [
+        (
+            {"ray_num_workers": 5, "resources_per_worker": {"CPU": 1}},
+            rewards(),
+            'The run needs {"CPU": 7} for 5 workers with {"CPU": 1} each, 2 actors of reward model '
+            'rm with {"CPU": 1} each; the cluster has {"CPU": 6}, on which they do not fit',
+        ),
+        (
+            {"ray_num_workers": 9, "resources_per_worker": {"CPU": 1}},
+            rewards(),
+            "needs 9 CPU (9 workers with 1 each), the cluster has 6. Set ray_num_workers: 6",
+        ),
+        (
+            {},
+            rewards(9),
+            '9 actors of reward model rm with {"CPU": 1} each do not fit on the nodes: 6 of them',
+        ),
+        (
+            {},
+            rewards(resources={"GPU": 0.5}),
+            'No node can hold one actor of reward model rm with {"GPU": 0.5}: the largest amounts '
+            'on a node are {"GPU": 0}. Lower reward_resources_per_actor',
+        ),
+        (
+            {},
+            rewards(4, strategy="STRICT_SPREAD"),
+            "reward_placement_strategy: STRICT_SPREAD, and 3 of them do. Set reward_num_actors: 3",
+        ),
+        (
+            {},
+            rewards(labels={"kind": "slow"}),
+            'reward_label_selector={"kind": "slow"}: no node has such labels. There are: none.',
+        ),
+        ({}, rewards(resources={"CPU": 0}), 'reward_resources_per_actor={"CPU": 0}: amounts above'),
+    ],
+)
+def test_roles_that_find_no_room_are_named_with_both_numbers(keys, role, said):
+    with pytest.raises(ClusterError) as error:
+        placed(keys, role)
+    assert said in str(error.value)
+
+
+def test_where_nodes_are_still_to_come_totals_decide():
+    grows = inventory({"CPU": 2.0}, limits={"CPU": 8.0})
+    found = placed({"resources_per_worker": {"CPU": 4}}, rewards(), on=grows)
+    assert found.roles[0].node_ids == ()
+    assert any(note.startswith("waits for 4 CPU, of which 0 are free") for note in found.notes)
+    with pytest.raises(ClusterError, match=r'are {"CPU": 9}; the cluster grows to {"CPU": 8}'):
+        placed({}, rewards(9), on=grows)
 
 
 @pytest.mark.parametrize(
