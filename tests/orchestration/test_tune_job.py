@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 
 import psutil
@@ -83,11 +84,14 @@ def test_data_is_tokenized_once_and_workers_stay_warm(swept):
     assert len({pid for found in pids for _, ranks in found for pid in ranks}) == 2
 
 
-def test_best_run_file_trains_to_the_same_metric(swept, launch, ray_home):
-    content = (swept.directory / "best.yaml").read_text()
+def test_best_run_file_trains_to_the_same_metric(swept, launch_words, ray_home):
+    file = swept.directory / "best.yaml"
+    content = file.read_text()
     keys = yaml.safe_load(content)
     assert "tune" not in keys
-    again = launch("best", address=None, **{**keys, "use_ray": False})
+    words = [sys.executable, "-m", "llmray", "train", str(file), "use_ray=false"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    again = launch_words(words, variables, keys)
     assert again.finish() == 0, again.text
     results = json.loads((again.output_dir / "all_results.json").read_text())
     best = re.search(r"eval_loss (\S+) after", content).group(1)
