@@ -153,7 +153,6 @@ def replay(grid: Grid, scheduler: Scheduler, seed: int, at_once: int) -> tuple[i
         settings(scheduler, length),
         metric=grid.metric,
         mode=grid.mode,
-        total_steps=grid.total_steps,
         seed=seed,
     )
     order = list(range(len(grid.curves)))

@@ -216,7 +216,7 @@ class Sweeping:
         if self._verdicts is not None:
             return self._verdicts
         sweep = self.sweep
-        per_epoch = max(1, round(report.step / report.epoch))
+        per_epoch = max(1, round(report.step / max(report.epoch, 1e-6)))
         found = self._verdicts = Verdicts(
             sweep.scheduler.kind,
             self.settings_of(entry, per_epoch),
