@@ -23,7 +23,6 @@ from typing import Any
 
 from report import Report
 
-from llmray import local
 from llmray.arguments.loading import load, replace
 from llmray.arguments.space import Space
 from llmray.arguments.tune import Mode, Scheduler, Sweep, sweep_of
@@ -37,8 +36,8 @@ ROOT = Path(__file__).parents[1]
 SEEDS, ENOUGH = 10, 8
 TOLERANCE, MOST_STEPS = 0.01, 0.5
 GRID = {
-    "learning_rate": {"grid": [1e-5, 1e-4, 3e-4, 1e-3, 3e-3]},
-    "lora_rank": {"grid": [4, 16]},
+    "learning_rate": {"grid": [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]},
+    "lora_rank": {"grid": [4, 8, 16]},
 }
 
 
@@ -96,6 +95,8 @@ def main() -> None:
 
 def record(model: str, steps: int, every: int, work: Path) -> Grid:
     """Train the grid in this process, one trial after another; nothing stops one early."""
+    from llmray import local
+
     base = load(
         {
             "model_name_or_path": model,
@@ -104,8 +105,8 @@ def record(model: str, steps: int, every: int, work: Path) -> Grid:
             "finetuning_type": "lora",
             "dataset": "demo_persona,demo_dialogues",
             "dataset_dir": str(ROOT / "data"),
-            "cutoff_len": 192,
-            "val_size": 12,
+            "cutoff_len": 128,
+            "val_size": 8,
             "output_dir": str(work),
             "overwrite_output_dir": True,
             "per_device_train_batch_size": 2,
@@ -202,8 +203,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--record", metavar="MODEL", help="train the grid with this model first")
     parser.add_argument("--sweep", type=Path, help="or read it from the folder of a sweep")
     parser.add_argument("--work", type=Path, default=Path("saves/asha-replay"))
-    parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--every", type=int, default=4, help="steps between two evaluations")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--every", type=int, default=3, help="steps between two evaluations")
     parser.add_argument("--at-once", type=int, default=2, help="trials at a time")
     parser.add_argument("--reduction-factor", type=float, default=4)
     parser.add_argument("--json", type=Path, help="JSON of the figures")
