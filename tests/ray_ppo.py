@@ -62,6 +62,14 @@ def wait_for_step(run, step):
         time.sleep(0.001)
 
 
+def arrived(run, folder, phase):
+    """Wait until both workers are held in a phase; returns what lets them go on."""
+    while not all((folder / f"{phase}-{rank}").exists() for rank in range(2)):
+        assert run.process.poll() is None, run.text
+        time.sleep(0.01)
+    return (folder / f"{phase}-go").touch
+
+
 def told(run):
     """What a run logged, without what a clock says."""
     return [
