@@ -134,6 +134,11 @@ class _Member:
     def tokens(self) -> int:
         return sum([call.piece.tokens for call in self.calls])
 
+    @property
+    def load(self) -> int:
+        """Tokens that it has before it, of this caller and of others."""
+        return self.tokens + self.handle.load
+
 
 @dataclass(eq=False)
 class _Call:
@@ -239,7 +244,7 @@ class Pool:
                 return
             avoided = self._waiting.pieces[0].avoided
             others = [m for m in free if m.handle is not avoided] or free
-            member = min(others, key=lambda m: m.tokens + m.handle.load)
+            member = min(others, key=lambda m: m.load)
             self._send(self._next_piece(self._budget(member)), member)
 
     def _budget(self, member: _Member) -> int:
@@ -249,8 +254,8 @@ class Pool:
         """
         there = [m for m in self._members if not m.is_out]
         slots, waiting = self._options.slots, self._waiting.tokens
-        share = (waiting + sum([m.tokens for m in there])) / len(there)
-        missing = (share - member.tokens) / self._slots(member)
+        share = (waiting + sum([m.load for m in there])) / len(there)
+        missing = (share - member.load) / self._slots(member)
         least = waiting / (len(there) * slots)
         return min(self._options.batch_tokens, math.ceil(max(missing, least)))
 

@@ -144,6 +144,43 @@ def test_several_handles_share_the_work(pool, count):
     assert of.counts.busy_s > 0.8 * 8 * count * seconds
 
 
+class Held(Fake):
+    """A handle whose answers come when the test says so."""
+
+    def call(self, method, *args):
+        self.batches.append(args[0])
+        self.held.append(Future())
+        return self.held[-1]
+
+    def answer(self):
+        batch = self.batches[len(self.batches) - len(self.held)]
+        self.held.pop(0).set_result([length(answer) for answer in batch])
+
+    def sizes(self):
+        return [len(batch) for batch in self.batches]
+
+
+@pytest.mark.parametrize(
+    ("load", "first", "second"), [(0, [1, 1, 20], [1, 1, 20]), (100, [1, 1, 15], [1, 1, 25])]
+)
+def test_a_free_handle_takes_its_share_of_what_waits(pool, load, first, second):
+    one, other = Held("one"), Held("other")
+    made = pool(one, other, batch_tokens=10_000, request_timeout_s=300)
+    before = made.submit(answers(4))
+    wait_for(lambda: len(one.held) + len(other.held) == 4)
+    one.load = load  # of other callers
+    waiting = made.submit(answers(40))
+    wait_for(lambda: made._waiting.tokens == 400)
+    one.answer()
+    wait_for(lambda: one.sizes() == first)
+    other.answer()
+    wait_for(lambda: other.sizes() == second)
+    for handle in (one, one, other, other):
+        handle.answer()
+    assert before.result(300) == [0.0, 1.0, 2.0, 3.0]
+    assert waiting.result(300) == [float(i) for i in range(40)]
+
+
 def test_the_less_loaded_handle_is_chosen(pool):
     slow, quick = Fake("slow", 5e-3), Fake("quick", 1e-5)
     of = pool(slow, quick, slots=1)
