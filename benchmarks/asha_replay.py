@@ -121,7 +121,9 @@ def record(model: str, steps: int, every: int, work: Path) -> Grid:
     )
     sweep = sweep_of(base)
     for trial in trials_of(sweep):
-        local.train(replace(run_of(base, trial), use_ray=False, overwrite_output_dir=True))
+        code = local.train(replace(run_of(base, trial), use_ray=False, overwrite_output_dir=True))
+        if code:
+            raise SystemExit(code)  # a signal ended it
     trials = trials_of(sweep)
     curves = [read_curve(str(work / trial.name), sweep.metric) for trial in trials]
     return _grid(sweep.metric, sweep.mode, [dict(trial.values) for trial in trials], curves)
