@@ -122,6 +122,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"finetuning_type": "full", "learning_rate": 0.003},
     "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "learning_rate": 0.003},
     "qlora": {"quantization_bit": 4, "model_name_or_path": "@wide"},
+    "pissa": {"pissa_init": True},
     "continued": {"adapter_name_or_path": "@continued"},
     "reference": {"ref_model": "@other"},
 }
@@ -194,12 +195,14 @@ def scorer_of(place: Path, **keys: Any) -> Scorer:
     return Scorer.load(load({"model_name_or_path": str(place), **keys}, environ={}))
 
 
+@pytest.mark.parametrize("policy", ["lora", "full"])
 def test_an_adapter_as_reward_model(
-    folder: Path, tmp_path: Path, scored: list[tuple[Answer, float]]
+    policy: str, folder: Path, tmp_path: Path, scored: list[tuple[Answer, float]]
 ) -> None:
     """The policy of an earlier run stands for what stage rm writes: an adapter and a head."""
     adapter = train(folder, tmp_path / "adapter", max_steps=1)
     keys = {"reward_model": str(adapter), "max_steps": 2, "save_strategy": "no"}
+    keys |= {"finetuning_type": policy, "learning_rate": 0.003}
     log = told(train(folder, tmp_path / "out", **keys))
     run = {"template": "chatml", "adapter_name_or_path": str(adapter)}
     alone = scorer_of(folder / "model", **run).score([answer.text for answer, _ in scored])
@@ -329,7 +332,9 @@ def test_held_out_prompts_are_answered_by_the_same_draws(folder: Path, tmp_path:
 
 def test_a_run_may_end_with_its_best_policy(folder: Path, tmp_path: Path) -> None:
     keys = {**HELD_OUT, "save_steps": 1, "load_best_model_at_end": True, "learning_rate": 0.1}
-    output = train(folder, tmp_path / "out", **keys)
+    output = train(folder, tmp_path / "out", **keys, plot_loss=True)
+    drawn = {path.stem.removeprefix("training_") for path in output.glob("*.png")}
+    assert drawn == {"loss", "score", "kl", "beta", "entropy", "response_length", "eval_score"}
     scores = {r["current_steps"]: r["eval_score"] for r in told(output) if "eval_score" in r}
     scores.pop(0, None)
     best = max(scores, key=lambda step: (scores[step], -step))
@@ -412,28 +417,57 @@ def in_process(folder: Path, keys: dict[str, Any], place: Path, ranks: int = 1) 
     subprocess.run(command, check=True, env=environ, timeout=800)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_two_ranks_learn_what_one_does(estimator: str, folder: Path, tmp_path: Path) -> None:
-    """The same prompts and draws of a step; its one mini-batch holds all of its responses."""
-    keys = {**ESTIMATORS[estimator], "save_strategy": "no", **HELD_OUT, "val_size": 5}
-    samples = keys.get("ppo_num_samples", 1)
-    keys |= {"per_device_train_batch_size": 2, "lora_dropout": 0.0, "max_steps": 3}
-    alone = {**keys, "gradient_accumulation_steps": 2 * samples}
-    train(folder, tmp_path / "alone", **alone)
-    pair = keys_of(folder, tmp_path / "pair", **keys, gradient_accumulation_steps=samples)
+def on_ranks(folder: Path, tmp_path: Path, **keys: Any) -> list[list[dict[str, Any]]]:
+    """What one rank and two log of the same global batch."""
+    keys |= {"save_strategy": "no", **HELD_OUT, "val_size": 5, "max_steps": 3}
+    train(folder, tmp_path / "alone", **keys, gradient_accumulation_steps=2)
+    pair = keys_of(folder, tmp_path / "pair", **keys, gradient_accumulation_steps=1)
     in_process(folder, pair, tmp_path / "run", ranks=2)
-    one, two = told(tmp_path / "alone"), told(tmp_path / "pair")
+    return [told(tmp_path / name) for name in ("alone", "pair")]
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_does(folder: Path, tmp_path: Path) -> None:
+    """The same prompts and draws of a step; its one mini-batch holds all of its responses."""
+    one, two = on_ranks(folder, tmp_path)
     assert len(one) == len(two)
     for first, second in zip(one, two, strict=True):
         assert set(first) == set(second)
         for name, value in first.items():
             assert second[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
-    learned = [
-        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "pair")
-    ]
+    places = [tmp_path / name / "adapter_model.safetensors" for name in ("alone", "pair")]
+    learned = [load_file(place) for place in places]
     for name, tensor in learned[0].items():
         torch.testing.assert_close(learned[1][name], tensor, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_two_ranks_sample_what_one_does(folder: Path, tmp_path: Path) -> None:
+    """Several responses to a prompt make several mini-batches, dealt by rank: the draws agree."""
+    one, two = on_ranks(folder, tmp_path, **GRPO)
+    drawn = ("score", "score_deviation", "kl", "entropy", "response_length", "num_updates")
+    assert [name for name in drawn if name not in one[1]] == []
+    for name in (*drawn, *(name for name in one[0] if name.startswith("eval_"))):
+        at = 0 if name.startswith("eval_") else 1
+        assert two[at][name] == pytest.approx(one[at][name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_policy_reaches_nine_tenths_of_the_best_score(
+    estimator: str, folder: Path, tmp_path: Path
+) -> None:
+    """All letters an e is worth 1; a random policy has a twentieth of it."""
+    keys = {
+        **ESTIMATORS[estimator],
+        **{"finetuning_type": "full", "learning_rate": 0.003, "lr_scheduler_type": "constant"},
+        **{"per_device_train_batch_size": 8, "max_steps": 100, "save_strategy": "no"},
+        **{"ppo_init_kl": 0.005, "ppo_kl_control": "fixed", "max_new_tokens": 8},
+    }
+    log = told(train(folder, tmp_path / "out", **keys))
+    scores = [record["score"] for record in log if "score" in record]
+    assert scores[0] < 0.3
+    assert max(scores) > 0.9
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmray.arguments.problems import Problem, given
-from llmray.arguments.rlhf import kind_of
 
 Flat = Mapping[str, Any]  # key -> value of the whole run
 Works = Callable[[Any, Flat], bool]
@@ -340,11 +339,6 @@ def _adds_to_low_bits(key: str) -> Combination:
     )
 
 
-def _names_a_model(reward_models: str | None) -> bool:
-    """Whether some reward is a model, not a server or a function, which have no type."""
-    return any(kind_of(name.strip()) == "model" for name in (reward_models or "").split(","))
-
-
 COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
     Combination(
         ("stage", "streaming"),
@@ -395,12 +389,6 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
         "is asked before would be another. Write precompute_ref_logps: auto.",
     ),
     Combination(
-        ("pissa_init", "stage"),
-        lambda flat: flat["pissa_init"] and flat["stage"] == "ppo",
-        "PiSSA where the reference is the model without its adapter is not built yet. Remove "
-        "pissa_init.",
-    ),
-    Combination(
         ("use_dora", "quantization_method"),
         lambda flat: (
             flat["use_dora"]
@@ -413,17 +401,6 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
         ("use_asft_loss", "finetuning_type"),
         lambda flat: flat["use_asft_loss"] and flat["finetuning_type"] == "lora",
         "ASFT with an adapter is not built yet. Use finetuning_type: full.",
-    ),
-    Combination(
-        ("reward_model_type", "finetuning_type"),
-        lambda flat: (
-            flat["stage"] == "ppo"
-            and flat["reward_model_type"] == "lora"
-            and _names_a_model(flat["reward_model"])
-            and flat["finetuning_type"] != "lora"
-        ),
-        "A reward adapter beside a policy without adapter is not built yet. Use "
-        "reward_model_type: full.",
     ),
 )
 

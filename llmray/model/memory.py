@@ -283,9 +283,9 @@ def _frozen_bytes(arguments: RunArguments, frozen: Shapes, form: _Format) -> int
 
 
 def _reference_bytes(arguments: RunArguments, table: Shapes, form: _Format) -> int:
-    """A second model that preferences are compared with; an adapter is switched off instead."""
+    """A second model that the policy is compared with; an adapter is switched off instead."""
     tuning, rlhf = arguments.finetuning, arguments.rlhf
-    compares = tuning.stage == "kto" or (
+    compares = tuning.stage in ("kto", "ppo") or (
         tuning.stage == "dpo" and rlhf.pref_loss not in ("orpo", "simpo")
     )
     is_adapter = tuning.finetuning_type not in ("full", "freeze")

@@ -26,15 +26,21 @@ RAW, SMOOTHED = "#9ec5e8", "#1f5fa8"
 RUN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
 RUN_LINES = ("-", "--", ":", "-.")
 
+# what says how training by reward goes
+OF_REWARDS = ("score", "kl", "beta", "entropy", "response_length")
+
 Points = list[tuple[int, float]]
 
 
 # ends of the keys of evaluations that are drawn unasked
-JUDGED = ("_loss", "_accuracy", "_margin", "rewards/accuracies", "rewards/margins")
+JUDGED = ("_loss", "_accuracy", "_margin", "_score", "rewards/accuracies", "rewards/margins")
 
 
 class Plots(Observer):
-    """training_<key>.png, drawn at the end: loss, what evaluations are judged by, `keys`."""
+    """training_<key>.png, drawn at the end.
+
+    Of loss, what evaluations are judged by, what rewards are watched by, and `keys`.
+    """
 
     def __init__(self, directory: Path, keys: Sequence[str] = ()) -> None:
         self.directory = directory
@@ -44,7 +50,8 @@ class Plots(Observer):
         """Draw a picture a key; say which of the named keys were never logged."""
         records = read_log(self.directory / LOG_NAME)
         logged = numeric_keys(records)
-        usual = [key for key in logged if key == "loss" or _is_evaluation(key)]
+        rewarded = OF_REWARDS if "score" in logged else ()
+        usual = [k for k in logged if k == "loss" or _is_evaluation(k) or k in rewarded]
         for key in dict.fromkeys([*usual, *self.keys]):
             points = curve(records, key)
             if points:

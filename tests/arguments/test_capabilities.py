@@ -195,14 +195,12 @@ COMBINED = {
         "pissa_init": True,
         "quantization_bit": 4,
     },
-    ("pissa_init", "stage"): {"pissa_init": True, "stage": "ppo"},
     ("use_dora", "quantization_method"): {
         "use_dora": True,
         "quantization_bit": 8,
         "quantization_method": "hqq",
     },
     ("use_asft_loss", "finetuning_type"): {"use_asft_loss": True},
-    ("reward_model_type", "finetuning_type"): {"stage": "ppo", "finetuning_type": "full"},
 }
 
 

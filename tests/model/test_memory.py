@@ -180,6 +180,9 @@ def test_preferences_need_a_second_model_unless_an_adapter_is_switched_off(folde
     assert weights(stage="dpo", finetuning_type="full") == 2 * 4 * number
     assert weights(stage="dpo", pref_loss="simpo", finetuning_type="full") == 4 * number
     assert weights(stage="dpo") == weights(stage="sft")
+    reward = {"stage": "ppo", "reward_model": "a:b"}
+    assert weights(**reward, finetuning_type="full") == 2 * 4 * number
+    assert weights(**reward) == weights(stage="sft")
 
 
 def test_padded_rows_count_their_padding_and_all_scores(folders):
