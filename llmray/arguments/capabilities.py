@@ -389,6 +389,14 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
         "is asked before would be another. Write precompute_ref_logps: auto.",
     ),
     Combination(
+        ("pissa_init", "quantization_bit", "stage"),
+        lambda flat: (
+            flat["stage"] == "ppo" and flat["pissa_init"] and flat["quantization_bit"] is not None
+        ),
+        "Low-bit weights are rounded anew when PiSSA starts, at the first update, and responses "
+        "are sampled before it. Remove pissa_init or quantization_bit.",
+    ),
+    Combination(
         ("use_dora", "quantization_method"),
         lambda flat: (
             flat["use_dora"]

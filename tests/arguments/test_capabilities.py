@@ -195,6 +195,11 @@ COMBINED = {
         "pissa_init": True,
         "quantization_bit": 4,
     },
+    ("pissa_init", "quantization_bit", "stage"): {
+        "stage": "ppo",
+        "pissa_init": True,
+        "quantization_bit": 4,
+    },
     ("use_dora", "quantization_method"): {
         "use_dora": True,
         "quantization_bit": 8,
