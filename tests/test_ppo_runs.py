@@ -101,7 +101,7 @@ def test_a_run_goes_on_bitwise_from_a_checkpoint(
     estimator: str, folder: Path, tmp_path: Path
 ) -> None:
     """The weight of the divergence, moments of scores, optimizer, random numbers and prompts."""
-    keys = {**ESTIMATORS[estimator], "lora_dropout": 0.1}
+    keys = {**ESTIMATORS[estimator], "lora_dropout": 0.1, "rollout_log_steps": 1}
     keys |= {"ppo_score_norm": True} if estimator == "gae" else {}
     whole = train(folder, tmp_path / "whole", **keys)
     again = tmp_path / "again"
@@ -111,6 +111,7 @@ def test_a_run_goes_on_bitwise_from_a_checkpoint(
     train(folder, again, **keys, resume_from_checkpoint=True)
     assert weights(again) == before
     assert told(again) == told(whole)
+    assert (again / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
     assert [record["current_steps"] for record in told(whole) if "beta" in record] == [1, 2, 3, 4]
     values = (whole / "value_head.safetensors").exists()
     assert values == (estimator == "gae")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from llmray import store
 from llmray.rl.experience import Experience
 
 NAME = "rollouts.jsonl"
@@ -24,9 +25,17 @@ class RolloutLog:
 
     def __init__(self, directory: Path, every: int) -> None:
         self._path, self._every = directory / NAME, every
+        self._goes_on = False
 
     def __call__(self, step: int, found: Experience, kl_S: Tensor) -> None:
-        """Write samples of rollout number `step`, counted from 0, if it is one of those."""
+        """Write samples of rollout number `step`, counted from 0, if it is one of those.
+
+        The first time, what is there of this rollout and later ones is taken out: an earlier
+        attempt wrote it, which went beyond its last checkpoint.
+        """
+        if not self._goes_on:
+            self._goes_on = True
+            self._forget(step)
         if step % self._every:
             return
         answers = found.rollout.answers[:NUM_SHOWN]
@@ -45,6 +54,14 @@ class RolloutLog:
                 parts = {name: _number(float(part[row])) for name, part in found.parts.items()}
                 line |= {"parts": parts} if len(parts) > 1 else {}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _forget(self, step: int) -> None:
+        try:
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        except FileNotFoundError:
+            return
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        store.write_atomic(self._path, "".join(kept))
 
 
 def _number(value: float) -> float | None:
