@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ppo_rows import told
@@ -26,6 +27,7 @@ from llmray.model import value_head
 from llmray.rl.handles import Answer
 from llmray.rl.reward_model import ModelReward
 from llmray.serve import reward_server
+from llmray.train import feed
 from llmray.train.observers import read_log
 from llmray.train.score import Scorer
 
@@ -162,6 +164,21 @@ def test_a_step_is_a_rollout_of_several_batches(folder: Path, tmp_path: Path) ->
     lines = [json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1] * 8 + [2] * 8
     assert {"prompt", "response", "score", "kl"} <= set(lines[0])
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"max_new_tokens": 4}, [7, 24]),
+        ({"max_new_tokens": 0, "max_length": 9}, [9, 20]),
+        ({"max_new_tokens": 4, "stage": "sft", "reward_model": ...}, [3, 20]),
+    ],
+)
+def test_memory_is_estimated_for_prompts_with_their_responses(
+    keys: dict[str, Any], expected: list[int], folder: Path, tmp_path: Path
+) -> None:
+    merged = {k: v for k, v in keys_of(folder, tmp_path, **keys).items() if v is not ...}
+    assert feed._answered(np.array([3, 20]), load(merged, environ={})).tolist() == expected
 
 
 # ---- rewards ------------------------------------------------------------------------------------

@@ -110,10 +110,20 @@ def open_feed(
     return Feed(
         batches=batches,
         steps_per_epoch=batches.steps_per_epoch,
-        lengths=tables.train.lengths,
+        lengths=_answered(tables.train.lengths, arguments),
         evals=tables.eval,
         table=tables.train,
     )
+
+
+def _answered(lengths: np.ndarray, arguments: RunArguments) -> np.ndarray:
+    """The most tokens of rows when they are learned from: of prompts, with their responses."""
+    asked = arguments.generating
+    if arguments.finetuning.stage != "ppo":
+        return lengths
+    if asked.max_new_tokens:
+        return lengths + asked.max_new_tokens
+    return np.maximum(lengths, asked.max_length)
 
 
 class StreamReader:
