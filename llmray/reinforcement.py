@@ -33,6 +33,7 @@ from llmray.rl.reward_model import ModelReward
 from llmray.rl.rewards import Elsewhere, Source, WeightedRewards
 from llmray.rl.rollout import Sampler, Texts
 from llmray.rl.rollout_log import RolloutLog
+from llmray.train import device_memory
 from llmray.train.generate import Sampling
 from llmray.train.loop import StepResult
 from llmray.train.reading import Reader
@@ -46,10 +47,14 @@ class Reinforcement:
 
     step: PpoStep
     rewards: WeightedRewards
+    release_every: int | None = None  # steps after which unused memory is given back
 
     def __call__(self, step: int) -> StepResult:
         """One step of the loop."""
-        return self.step(step)
+        done = self.step(step)
+        if self.release_every is not None and (step + 1) % self.release_every == 0:
+            device_memory.release(self.step.engine.world.device)
+        return done
 
     def state_dict(self) -> dict[str, Any]:
         """The weight of the divergence, and the moments of scores."""
@@ -93,7 +98,7 @@ def prepare(training: Training, directory: Path) -> Reinforcement:
         control=settings.kl_control(arguments),
         show=show,
     )
-    made = Reinforcement(step, added)
+    made = Reinforcement(step, added, arguments.training.torch_empty_cache_steps)
     core.judged = partial(evaluated, core, added)
     training.resumables["reinforcement"] = made
     return made

@@ -27,7 +27,7 @@ from llmray.model import value_head
 from llmray.rl.handles import Answer
 from llmray.rl.reward_model import ModelReward
 from llmray.serve import reward_server
-from llmray.train import feed
+from llmray.train import device_memory, feed
 from llmray.train.observers import read_log
 from llmray.train.score import Scorer
 
@@ -164,6 +164,15 @@ def test_a_step_is_a_rollout_of_several_batches(folder: Path, tmp_path: Path) ->
     lines = [json.loads(line) for line in (output / "rollouts.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1] * 8 + [2] * 8
     assert {"prompt", "response", "score", "kl"} <= set(lines[0])
+
+
+def test_unused_memory_is_given_back(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[torch.device] = []
+    monkeypatch.setattr(device_memory, "release", devices.append)
+    train(folder, tmp_path / "out", torch_empty_cache_steps=2, save_strategy="no")
+    assert len(devices) == 2
 
 
 @pytest.mark.parametrize(

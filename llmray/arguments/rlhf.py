@@ -199,7 +199,7 @@ class RlhfArguments(Group):
         None,
         ge=1,
         description="Responses sampled side by side. Not given: four times "
-        "per_device_train_batch_size.",
+        "per_device_train_batch_size, at evaluations per_device_eval_batch_size.",
     )
     rollout_log_steps: Int = Field(
         10, ge=1, description="Steps between samples of responses in rollouts.jsonl."

@@ -59,7 +59,10 @@ def kl_control(arguments: RunArguments) -> KlControl:
 def plan(arguments: RunArguments, sampling: Sampling, *, evaluates: bool = False) -> Plan:
     """How a rank samples; evaluation has one response to each prompt, and seeds of its own."""
     training, rlhf = arguments.training, arguments.rlhf
-    beside = rlhf.ppo_rollout_batch_size or 4 * training.per_device_train_batch_size
+    per_device = training.per_device_train_batch_size
+    if evaluates:
+        per_device = training.per_device_eval_batch_size
+    beside = rlhf.ppo_rollout_batch_size or 4 * per_device
     made = Plan(
         sampling=sampling,
         num_samples=rlhf.ppo_num_samples,

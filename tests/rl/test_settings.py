@@ -94,6 +94,8 @@ def test_the_divergence_as_a_loss_is_k3():
 def test_evaluation_has_one_response_to_each_prompt():
     of = arguments(ppo_num_samples=4)
     assert settings.plan(of, SAMPLING, evaluates=True).num_samples == 1
+    small = arguments(per_device_eval_batch_size=3)
+    assert settings.plan(small, SAMPLING, evaluates=True).side_by_side == 12
     assert settings.plan(of, SAMPLING, evaluates=True).name != settings.plan(of, SAMPLING).name
 
 
