@@ -64,6 +64,33 @@ def of_experience(found: Experience, estimator: KlEstimator, world: World) -> Ju
     )
 
 
+def together(parts: Sequence[Judged]) -> Judged:
+    """The figures of several rollouts as of one; at least one response of each is valid."""
+    valid = sum(part.num_valid for part in parts)
+    responses = sum(part.num_responses for part in parts)
+
+    def mean(name: str, by: str, total: float) -> float:
+        return sum(getattr(part, by) * getattr(part, name) for part in parts) / total
+
+    score = mean("score", "num_valid", valid)
+    squares = sum(
+        (part.num_valid - 1) * part.score_deviation**2 + part.num_valid * (part.score - score) ** 2
+        for part in parts
+    )
+    tokens = sum(part.num_responses * part.response_length for part in parts)
+    said = sum(part.num_responses * part.response_length * part.entropy for part in parts)
+    return Judged(
+        num_responses=responses,
+        num_valid=valid,
+        score=score,
+        score_deviation=math.sqrt(squares / (valid - 1)) if valid > 1 else 0.0,
+        kl=mean("kl", "num_valid", valid),
+        entropy=said / max(1.0, tokens),
+        response_length=tokens / responses,
+        without_eos=mean("without_eos", "num_responses", responses),
+    )
+
+
 def described(judged: Judged) -> dict[str, float]:
     """The figures as they are logged."""
     shown = {name: value for name, value in vars(judged).items() if not name.startswith("num_")}

@@ -21,6 +21,8 @@ def judge(
 ) -> dict[str, float]:
     """Metrics of each table by its name, alike on all ranks; a collective call.
 
+    Where sets are judged one by one, those of all their responses stand under `eval` too.
+
     The draws are the same at every evaluation, so metrics differ by the policy alone.
 
     Args:
@@ -33,6 +35,7 @@ def judge(
         RewardError: no response of a table has a score.
     """
     found: dict[str, float] = {}
+    parts: list[figures.Judged] = []
     for name, prompts in tables.items():
         experience = collector.collect(prompts, 0)
         judged = figures.of_experience(experience, estimator, world)
@@ -42,6 +45,9 @@ def judge(
                 "least is required: see the warnings above, and mend what scores."
             )
         found |= dict(_named(name, figures.described(judged)))
+        parts.append(judged)
+    if parts and "eval" not in tables:
+        found |= dict(_named("eval", figures.described(figures.together(parts))))
     return found
 
 

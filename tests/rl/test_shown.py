@@ -115,6 +115,19 @@ def test_held_out_prompts_are_judged_alike_at_every_evaluation():
     assert not torch.equal(before, torch.cat([p.flatten() for p in engine.model.parameters()]))
 
 
+def test_sets_that_are_judged_one_by_one_are_judged_together_too():
+    """Sets of 12 and 5 responses, of which 17 in one table have the same figures."""
+    engine = policy()
+    held = collector(engine, [rewards()], Plan(SAMPLING, name="eval"))
+    whole = prompts(17)
+    parts = {"eval_a": whole[:12], "eval_b": whole[12:]}
+    found = judge(held, parts, "k1", CPU)
+    expected = judge(held, {"eval": whole}, "k1", CPU)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-5), name
+    assert found["eval_a_score"] != found["eval_b_score"]
+
+
 def test_held_out_prompts_without_any_score():
     held = collector(
         policy(), [rewards(lambda p, r: [math.nan] * len(r), on_error="mask", max_attempts=1)]
