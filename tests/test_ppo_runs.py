@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -426,8 +427,8 @@ def test_an_adapter_of_another_model_is_no_reward_model(folder: Path, tmp_path: 
 # ---- ranks and processes ------------------------------------------------------------------------
 
 
-def in_process(folder: Path, keys: dict[str, Any], place: Path, ranks: int = 1) -> None:
-    """`llmray train` from outside, on several ranks by torchrun."""
+def started(keys: dict[str, Any], place: Path, ranks: int = 1) -> subprocess.Popen[bytes]:
+    """`llmray train` as a process, on several ranks by torchrun."""
     place.mkdir()
     (place / "run.json").write_text(json.dumps(keys))
     start = [sys.executable, "-m", "llmray"]
@@ -440,8 +441,34 @@ def in_process(folder: Path, keys: dict[str, Any], place: Path, ranks: int = 1) 
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")]),
     }
-    command = [*start, "train", str(place / "run.json")]
-    subprocess.run(command, check=True, env=environ, timeout=800)
+    return subprocess.Popen([*start, "train", str(place / "run.json")], env=environ)
+
+
+def in_process(keys: dict[str, Any], place: Path, ranks: int = 1) -> None:
+    assert started(keys, place, ranks).wait(800) == 0
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bitwise(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = {"max_steps": 40, "ppo_score_norm": True, "rollout_log_steps": 1}
+    whole = train(folder, tmp_path / "whole", **keys)
+    output = tmp_path / "out"
+    process = started(keys_of(folder, output, **keys), tmp_path / "run")
+    deadline = time.monotonic() + 600
+    while not list(output.glob("checkpoint-*")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait(60) == -9
+    with caplog.at_level("INFO", "llmray"):
+        train(folder, output, **keys)
+    assert any("resuming from" in message for message in caplog.messages)
+    assert weights(output) == weights(whole)
+    assert told(output) == told(whole)
+    assert (output / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
 
 
 def on_ranks(folder: Path, tmp_path: Path, **keys: Any) -> list[list[dict[str, Any]]]:
@@ -449,7 +476,7 @@ def on_ranks(folder: Path, tmp_path: Path, **keys: Any) -> list[list[dict[str, A
     keys |= {"save_strategy": "no", **HELD_OUT, "val_size": 5, "max_steps": 3}
     train(folder, tmp_path / "alone", **keys, gradient_accumulation_steps=2)
     pair = keys_of(folder, tmp_path / "pair", **keys, gradient_accumulation_steps=1)
-    in_process(folder, pair, tmp_path / "run", ranks=2)
+    in_process(pair, tmp_path / "run", ranks=2)
     return [told(tmp_path / name) for name in ("alone", "pair")]
 
 
@@ -515,7 +542,7 @@ def test_a_reward_server_of_its_own(folder: Path, tmp_path: Path, reward_dir: Pa
         )
         threading.Thread(target=server.stderr.read, daemon=True).start()
         keys = {"reward_model": address, "reward_model_type": "api", "max_steps": 2}
-        in_process(folder, keys_of(folder, tmp_path / "out", **keys), tmp_path / "run")
+        in_process(keys_of(folder, tmp_path / "out", **keys), tmp_path / "run")
     finally:
         server.terminate()
         server.wait(600)
