@@ -40,7 +40,7 @@ from llmray.train.parallel import World
 from llmray.train.predict import Predictor
 from llmray.train.random_state import RandomState, seed_everything
 from llmray.train.reading import Ahead, Reader, Rows
-from llmray.train.stages import STAGES
+from llmray.train.stages import STAGES, temperature
 from llmray.train.stopping import Best, EarlyStopping, Judge
 
 log = getLogger("llmray")
@@ -322,9 +322,12 @@ def _token_model(
                 parameter.data = parameter.data.to(numbers.load_dtype)
     _adjust(tuned, arguments)
     flat = flat and reason is None
-    temperature = arguments.generating.temperature if stage.samples else 1.0
     return TokenModel(
-        tuned, flat=flat, temperature=temperature, value_head=head, only_scores=scores
+        tuned,
+        flat=flat,
+        temperature=temperature(arguments),
+        value_head=head,
+        only_scores=scores,
     )
 
 

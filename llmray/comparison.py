@@ -22,7 +22,7 @@ from llmray.train import reference
 from llmray.train.engine import Engine
 from llmray.train.preference import effective_weights
 from llmray.train.reading import Ahead, Rows
-from llmray.train.stages import STAGES
+from llmray.train.stages import STAGES, temperature
 
 log = getLogger("llmray")
 
@@ -57,7 +57,9 @@ def attach(arguments: RunArguments, engine: Engine, own: nn.Module | None) -> No
     if not uses_reference(arguments):
         return
     if own is not None:
-        engine.reference = reference.OfItsOwn(TokenModel(own, flat=engine.model.flat))
+        engine.reference = reference.OfItsOwn(
+            TokenModel(own, flat=engine.model.flat, temperature=temperature(arguments))
+        )
     else:
         engine.reference = reference.of_policy(arguments, engine.model)
     log.info("%s", reference.explained(engine.reference, arguments))

@@ -129,12 +129,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "pissa": {"pissa_init": True},
     "continued": {"adapter_name_or_path": "@continued"},
     "reference": {"ref_model": "@other"},
+    "the same as reference": {"ref_model": "@model", "temperature": 0.5},
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ways_to_tune(method: str, folder: Path, tmp_path: Path) -> None:
-    """The policy starts at its reference, but where that is another model, and leaves it."""
+    """The policy starts at its reference, but where that is another model, and leaves it.
+
+    Both are read at the temperature of sampling.
+    """
     keys = {
         key: str(folder / value[1:]) if str(value).startswith("@") else value
         for key, value in METHODS[method].items()

@@ -63,3 +63,8 @@ STAGES: dict[str, Stage] = {
     ),
     "kto": Stage(_judged, best=("eval_loss", "min"), uses_reference=lambda arguments: True),
 }
+
+
+def temperature(arguments: RunArguments) -> float:
+    """What divides the logits of policy and reference alike: of a stage that samples, as it does."""
+    return arguments.generating.temperature if STAGES[arguments.finetuning.stage].samples else 1.0
