@@ -66,5 +66,5 @@ STAGES: dict[str, Stage] = {
 
 
 def temperature(arguments: RunArguments) -> float:
-    """What divides the logits of policy and reference alike: of a stage that samples, as it does."""
+    """What divides the logits, of policy and reference alike: what a stage samples with."""
     return arguments.generating.temperature if STAGES[arguments.finetuning.stage].samples else 1.0
