@@ -40,6 +40,13 @@ from llmray.train.reading import Reader
 
 log = getLogger("llmray")
 
+# how a reward model is fetched and loaded is how the policy is
+AS_THE_POLICY = (
+    *("cache_dir", "hf_hub_token", "ms_hub_token", "om_hub_token"),
+    *("trust_remote_code", "allow_pickled_weights", "infer_dtype"),
+    *("quantization_method", "quantization_type", "double_quantization"),
+)
+
 
 @dataclass
 class Reinforcement:
@@ -182,9 +189,7 @@ def of_reward_model(
         "stage": "rm",
         "template": arguments.data.template,
         "cutoff_len": arguments.data.cutoff_len,
-        "trust_remote_code": model.trust_remote_code,
-        "cache_dir": model.cache_dir,
-        "infer_dtype": model.infer_dtype,
+        **{key: getattr(model, key) for key in AS_THE_POLICY},
         "use_cpu": arguments.training.use_cpu if use_cpu is None else use_cpu,
     }
     if rlhf.reward_model_type == "lora":

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tiny import SIZES, build_model, make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from llmray import local
+from llmray import local, reinforcement
 from llmray.arguments.loading import load
 from llmray.errors import ArgumentsError, DataError, LlmrayError, RewardError
 from llmray.model import value_head
@@ -221,6 +221,22 @@ def reward_dir(folder: Path) -> Path:
     make_model(place, amplify=3.0)
     value_head.write(value_head.create(build_model(), 0), place)
     return place
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_reward_model_is_fetched_and_loaded_as_the_policy(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    """With its tokens and number formats; of bits a whole model has its own."""
+    keys = {"hf_hub_token": "a token", "allow_pickled_weights": True, "quantization_bit": 4}
+    keys |= {"double_quantization": False, "reward_model": "org/one", "reward_model_type": kind}
+    arguments = load(keys_of(folder, tmp_path, **keys), environ={})
+    asked = reinforcement.of_reward_model("org/one", arguments, "base").model
+    assert asked.hf_hub_token is not None
+    assert asked.hf_hub_token.get_secret_value() == "a token"
+    assert (asked.allow_pickled_weights, asked.double_quantization) == (True, False)
+    assert asked.quantization_bit == (4 if kind == "lora" else None)
+    assert asked.model_name_or_path == ("base" if kind == "lora" else "org/one")
 
 
 def scorer_of(place: Path, **keys: Any) -> Scorer:
