@@ -34,7 +34,7 @@ from llmray.errors import ArgumentsError, ClusterError, ModelError
 from llmray.model import pickled
 from llmray.model.load import load_model
 from llmray.rl import rewards
-from llmray.rl.rewards import WeightedRewards
+from llmray.rl.reward_model import ModelReward
 from llmray.run import Context, run
 from llmray.serve import answering
 from llmray.train import device_memory, optimizers, precision
@@ -42,7 +42,6 @@ from llmray.train.engine import Engine
 from llmray.train.generate import Sampling
 from llmray.train.observers import Console, read_log
 from llmray.train.parallel import World
-from llmray.train.score import Scorer
 
 Keys = dict[str, Any]
 
@@ -1028,28 +1027,46 @@ def ready_for_ppo(site: Site) -> assembly.Training:
     return assembly.assemble(arguments, context)
 
 
+def parts_of_ppo(ready: assembly.Training, arguments: Any, patch: pytest.MonkeyPatch) -> str:
+    """All that the parts of stage ppo are told, and who is asked for scores."""
+    pools: list[Any] = []
+
+    def handle(name: str, served: Any, *threads: int) -> tuple[Any, ...]:
+        return name, served if isinstance(served, tuple) else vars(served), *threads
+
+    patch.setattr(reinforcement, "Pool", lambda *words: pools.append(words[:2]))
+    patch.setattr(rewards, "RewardApi", lambda *words: words)
+    patch.setattr(reinforcement, "InProcess", handle)
+    patch.setattr(rewards, "InProcess", handle)
+    patch.setattr(ModelReward, "load", lambda asked, *words: asked)
+    ready.core.arguments = arguments
+    made = reinforcement.prepare(ready, Path("rollouts"))
+    step, sources = made.step, made.rewards._sources
+    weights = [(source.name, source.weight) for source in sources]
+    parts = (step.options, step.control, step.collector.sampler.plan, weights, pools)
+    return str((*parts, vars(step.show)))
+
+
 @pytest.mark.parametrize("key", ppo_rows.PARTS)
 def test_a_step_of_ppo_differs(
-    key: str, site: Site, ready_for_ppo: assembly.Training, monkeypatch: pytest.MonkeyPatch
+    key: str,
+    site: Site,
+    ready_for_ppo: assembly.Training,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    row, seen = ppo_rows.PARTS[key], []
-    for value in (row.first, row.second):
+    """It does for two values, and not for one that is there twice."""
+    monkeypatch.chdir(tmp_path)
+    row = ppo_rows.PARTS[key]
+    first, second = (
+        site.arguments({**ppo_rows.BASE, **row.keys, key: value, "output_dir": "@same"})
+        for value in (row.first, row.second)
+    )
+    seen = []
+    for arguments in (first, first, second):
         with monkeypatch.context() as patch:
-            pools: list[Any] = []
-            patch.setattr(reinforcement, "Pool", lambda *words, to=pools: to.append(words))
-            patch.setattr(rewards, "RewardApi", lambda *words: words)
-            patch.setattr(reinforcement, "InProcess", lambda name, served: vars(served))
-            patch.setattr(rewards, "InProcess", lambda *words: words)
-            patch.setattr(Scorer, "load", lambda arguments: arguments)
-            patch.setattr(WeightedRewards, "close", lambda self: None)
-            ready_for_ppo.core.arguments = site.arguments({**ppo_rows.BASE, **row.keys, key: value})
-            made = reinforcement.prepare(ready_for_ppo, site.root / "rollouts")
-            step, sources = made.step, made.rewards._sources
-            plan = step.collector.sampler.plan
-            weights = [(source.name, source.weight) for source in sources]
-            parts = (step.options, vars(step.control), plan, weights, pools, vars(step.show))
-            seen.append(str(parts))
-    assert seen[0] != seen[1]
+            seen.append(parts_of_ppo(ready_for_ppo, arguments, patch))
+    assert seen[0] == seen[1] != seen[2]
 
 
 def test_every_key_that_works_has_a_row() -> None:
