@@ -171,7 +171,11 @@ def token_of_rewards(look: Look) -> object:
     asked: list[object] = []
     look.patch.setattr(rewards, "RewardApi", lambda address, options: asked.append(options.token))
     keys = {"stage": "ppo", "reward_model": "http://127.0.0.1:1", "reward_model_type": "api"}
-    reinforcement.weighted_rewards(load(RUN | keys), look.root, first=0).close()
+    context = SimpleNamespace(
+        world=SimpleNamespace(rank=0, world_size=1), rewards=None, model_dir=look.root
+    )
+    core = SimpleNamespace(arguments=load(RUN | keys), context=context)
+    reinforcement.weighted_rewards(core).close()  # type: ignore[arg-type]
     return asked
 
 

@@ -5,8 +5,6 @@ import socket
 import subprocess
 import threading
 import time
-from contextlib import suppress
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -127,7 +125,7 @@ def test_a_server_says_how_long_to_wait(server):
     server.replies = [{"status": 429, "body": {}, "headers": {"Retry-After": "1"}}]
     started = time.perf_counter()
     api(server).score(ANSWERS)
-    assert 0.9 < time.perf_counter() - started < 60
+    assert 0.9 < time.perf_counter() - started < 3
 
 
 def test_a_server_that_is_not_there_is_lost():
@@ -152,7 +150,7 @@ def drip(handler):
     handler.send_header("Content-Type", "application/json")
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
-    for _ in range(1000):
+    for _ in range(30):
         time.sleep(0.05)
         try:
             handler.wfile.write(b" ")
@@ -160,20 +158,13 @@ def drip(handler):
             return
 
 
-def silent(handler):
-    """Answers nothing until the client has gone."""
-    handler.connection.settimeout(60)
-    with suppress(OSError):
-        handler.rfile.read(1)
-
-
-@pytest.mark.parametrize("slow", [silent, drip])
+@pytest.mark.parametrize("slow", [lambda handler: time.sleep(1.0), drip])
 def test_a_slow_server_runs_into_the_time_limit(server, slow):
     server.replies = [slow]
     started = time.perf_counter()
     with pytest.raises(HandleLost, match=r"no whole answer in 0\.5 s"):
         api(server, num_retries=0).score(ANSWERS)
-    assert time.perf_counter() - started < 30  # the drops alone would take 50 s
+    assert time.perf_counter() - started < 0.9
 
 
 @pytest.mark.parametrize(
@@ -242,25 +233,25 @@ def test_redirects_in_a_circle_end(server):
 
 
 def test_threads_have_connections_of_their_own(server):
-    side_by_side = threading.Barrier(6)
-    server.replies = [partial(answer_together, side_by_side)] * 6
-    of, found = api(server, timeout_s=300), []
+    """No one of six is answered before all have asked: they are there side by side."""
+    together = threading.Barrier(6)
+
+    def answer(handler):
+        together.wait(100)
+        content = json.dumps({"scores": [3.0, 1.0]}).encode()
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    server.replies = [answer] * 6
+    of, found = api(server, timeout_s=200), []
     threads = [threading.Thread(target=lambda: found.append(of.score(ANSWERS))) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert found == [[3.0, 1.0]] * 6
-
-
-def answer_together(barrier, handler):
-    """Answers when as many requests are there as the barrier has parties."""
-    barrier.wait(60)
-    content = json.dumps({"scores": [3.0, 1.0]}).encode()
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(content)))
-    handler.end_headers()
-    handler.wfile.write(content)
 
 
 def test_tls_with_a_certificate_that_is_trusted_or_not(tmp_path, monkeypatch):
@@ -315,7 +306,7 @@ def test_a_token_without_tls_is_warned_of(caplog):
 def test_a_connection_that_was_used_before_has_the_same_time_limit(server):
     of = api(server, num_retries=0)
     of.score(ANSWERS)
-    server.replies = [silent]
+    server.replies = [lambda handler: time.sleep(1.0)]
     with pytest.raises(HandleLost, match=r"no whole answer in 0\.5 s"):
         of.score(ANSWERS)
 
