@@ -336,7 +336,8 @@ def _value_head(
 ) -> value_head.ValueHead:
     """The value head that trains on, or a new one."""
     found = value_head.find(arguments, context.model_dir, loaded)
-    return found or value_head.create(loaded, arguments.training.seed)
+    is_critic = arguments.finetuning.stage == "ppo"
+    return found or value_head.create(loaded, None if is_critic else arguments.training.seed)
 
 
 def _adjust(tuned: nn.Module, arguments: RunArguments) -> None:

@@ -118,6 +118,8 @@ def test_a_run_goes_on_bitwise_from_a_checkpoint(
     assert [record["current_steps"] for record in told(whole) if "beta" in record] == [1, 2, 3, 4]
     values = (whole / "value_head.safetensors").exists()
     assert values == (estimator == "gae")
+    if values:  # a new critic knows nothing, and claims nothing
+        assert told(whole)[0]["explained_variance"] == pytest.approx(0.0, abs=1e-6)
 
 
 # ---- policies -----------------------------------------------------------------------------------

@@ -46,17 +46,22 @@ class ValueHead(nn.Module):
         return found.squeeze(-1)
 
 
-def create(model: PreTrainedModel, seed: int) -> ValueHead:
-    """A new head for `model`, on its device; random by `seed` alone.
+def create(model: PreTrainedModel, seed: int | None) -> ValueHead:
+    """A new head for `model`, on its device; random by `seed` alone, all zeros for None.
 
-    Weights have deviation 1 / sqrt(D + 1), as in https://arxiv.org/abs/2009.01325: a state that a
-    norm has scaled gets a number of about 1. The bias is 0.
+    Random weights have deviation 1 / sqrt(D + 1), as in https://arxiv.org/abs/2009.01325: a state
+    that a norm has scaled gets a number of about 1. The bias is 0. A critic begins with zeros: what
+    numbers at random explain of the returns is less than nothing, and they are all that the first
+    advantages would show.
     """
     head = ValueHead(hidden_size(model))
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        deviation = (head.summary.in_features + 1) ** -0.5
-        head.summary.weight.normal_(0.0, deviation, generator=generator)
+        if seed is None:
+            head.summary.weight.zero_()
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            deviation = (head.summary.in_features + 1) ** -0.5
+            head.summary.weight.normal_(0.0, deviation, generator=generator)
         head.summary.bias.zero_()
     return head.to(model.device)
 

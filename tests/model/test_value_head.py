@@ -143,6 +143,7 @@ def test_a_new_head_follows_from_the_seed_alone():
     torch.manual_seed(2)
     assert torch.equal(one.summary.weight, value_head.create(model, 5).summary.weight)
     assert not torch.equal(one.summary.weight, value_head.create(model, 6).summary.weight)
+    assert not any(p.any() for p in value_head.create(model, None).parameters())
     assert one.summary.weight.std().item() == pytest.approx(1025**-0.5, rel=0.1)
     assert one.summary.bias.item() == 0
 
