@@ -124,7 +124,7 @@ def of_other_versions(look: Look) -> object:
     from llmray.orchestration.plan import Node
 
     node = Node("1", "10.0.0.1", {})
-    look.patch.setattr(cluster, "on_nodes", lambda *words: {"1": {"torch": "0.1"}})
+    look.patch.setattr(cluster, "on_nodes", lambda *_, **__: {"1": {"torch": "0.1"}})
     return outcome(lambda: cluster.check_versions([node]))
 
 

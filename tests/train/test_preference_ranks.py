@@ -45,6 +45,7 @@ def runs(root: Path, ranks: int) -> list[dict[str, Any]]:
         "cutoff_len": 64,
         "lora_rank": 4,
         "learning_rate": 0.01,
+        "adam_epsilon": 1e-5,  # a gradient that is all rounding makes no step
         "max_steps": 3,
         "per_device_train_batch_size": 3 if ranks == 2 else 2,
         "gradient_accumulation_steps": 1 if ranks == 2 else 3,
