@@ -82,6 +82,7 @@ def test_losing_actors_and_a_worker_changes_nothing(
     nothing_runs()
 
 
+@pytest.mark.slow
 def test_all_gone_for_too_long_fails_with_the_reason(
     launch, ray_address, reward_model, nothing_runs
 ):
@@ -100,6 +101,7 @@ def test_all_gone_for_too_long_fails_with_the_reason(
     nothing_runs()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_no_actor_outlives_its_driver(how, launch, ray_address, reward_model, nothing_runs):
     run = launch(f"ppo-ended-{how}", address=ray_address, reward_model=reward_model, **TWO_ACTORS)

@@ -114,6 +114,7 @@ def test_a_trial_that_the_cluster_cannot_hold_is_refused(swept, launch, ray_addr
     assert not run.output_dir.exists()
 
 
+@pytest.mark.slow
 def test_killed_worker_and_killed_driver_cost_no_trial(launch, ray_address, nothing_runs):
     keys = {
         **KEYS,
