@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from ppo_model import make_model, make_prompts
-from ppo_vs_peer import OUR_PROBE, WARM_UP, run_file
+from ppo_vs_peer import OUR_PROBE, WARM_UP, add_sizes, run_file
 from report import Report
 from trainings import Measured, measure_steps, ours
 
@@ -298,15 +298,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", default="sleep,api,handles,actors,ray")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--accumulation", type=int, default=4)
-    parser.add_argument("--buffer", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    add_sizes(parser, rounds=2)
     return parser.parse_args()
 
 

@@ -175,16 +175,21 @@ def parse() -> argparse.Namespace:
     )
     default = os.environ.get("LLMRAY_BENCH_PEER_PPO_PYTHON")
     parser.add_argument("--peer-python", default=default, required=default is None)
+    add_sizes(parser, rounds=3)
+    return parser.parse_args()
+
+
+def add_sizes(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """The options of every benchmark of stage ppo; `rounds` is how often by default."""
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--buffer", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write the figures here")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":
