@@ -810,10 +810,11 @@ def trainer(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> tuple[Any, ...
 
 def roles(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Any:
     """The actors of a reward model that are to find room on the cluster."""
+    from llmray.arguments import reward_sets
     from llmray.orchestration import actors
 
     on_ray = {"use_ray": True, "reward_model": "scores", "reward_model_type": "full"}
-    return actors.roles_of(site.arguments({**ppo_rows.BASE, **on_ray, **keys}))
+    return actors.roles_of(reward_sets.of_run(site.arguments({**ppo_rows.BASE, **on_ray, **keys})))
 
 
 def initialised(site: Site, keys: Keys, patch: pytest.MonkeyPatch) -> Keys:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
@@ -22,6 +23,17 @@ def kind_of(reward_model: str) -> RewardKind:
     if reward_model.startswith(("http://", "https://")):
         return "api"
     return "function" if FUNCTION.fullmatch(reward_model) else "model"
+
+
+def names_of(reward_models: Sequence[str]) -> list[str]:
+    """Short names for metrics: the last part of each, numbered where two would be equal."""
+    names: list[str] = []
+    for model in reward_models:
+        last = re.split(r"[/:]", model.rstrip("/"))[-1]
+        short = re.sub(r"[^\w.-]", "_", last) or "reward"
+        same = sum(name == short or name.startswith(f"{short}_") for name in names)
+        names.append(f"{short}_{same + 1}" if same else short)
+    return names
 
 
 class RlhfArguments(Group):

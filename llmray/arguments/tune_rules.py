@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from itertools import islice
 from typing import Any
 
-from llmray.arguments import best, names, tune
+from llmray.arguments import best, names, reward_sets, tune
 from llmray.arguments.problems import Problem, given, plain_types, requirement, shown
 from llmray.arguments.run import FIELDS, RunArguments
 from llmray.arguments.space import Distribution, Space, Values
@@ -66,6 +66,7 @@ OF_THE_EVALUATION = (
     "max_samples",
     "val_size",
 )
+MANY_SETS = 32  # choices of what reward models are, one for each group of actors
 CHECKED_TRIALS = 200  # points of a grid whose combination is checked, beside all ends
 
 
@@ -81,6 +82,7 @@ def broken(arguments: RunArguments, lay_over: LayOver) -> list[Problem]:
         *searched_values_are_right(arguments, lay_over),
         *loss_compares_trials(arguments),
         *draws_differ(arguments),
+        *reward_models_are_known(arguments),
     ]
 
 
@@ -198,6 +200,22 @@ def draws_differ(arguments: RunArguments) -> Iterator[Problem]:
             f"num_samples={sweep.num_samples} asks for {wanted} trials, but there are {there} "
             f"different ones. Write num_samples: {max(1, there // points)}, or searcher: grid "
             "without num_samples."
+        )
+
+
+def reward_models_are_known(arguments: RunArguments) -> Iterator[Problem]:
+    """Reward models are loaded before the first trial, so their keys have values that are known."""
+    sweep = _sweep(arguments)
+    if sweep.searcher != "optuna" or not reward_sets.may_ask(arguments, sweep.space):
+        return
+    space = reward_sets.space_of(sweep.space)
+    endless = [d.key for d in space.dimensions if d.distribution.points() is None]
+    if endless or sum(1 for _ in islice(space.grid(), MANY_SETS + 1)) > MANY_SETS:
+        keys = ", ".join(endless or [d.key for d in space.choices])
+        yield _problem(
+            f"searcher=optuna with {keys}, each value of which makes reward models of its own: "
+            f"all are loaded before the first trial, so at most {MANY_SETS} values that are known "
+            "by then are required. Write choice with a list, or searcher: random."
         )
 
 

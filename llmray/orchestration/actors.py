@@ -1,4 +1,4 @@
-"""Reward models of a run, in the driver: placed, made before the workers, ended with the run.
+"""Reward models of a run or a sweep, in the driver: placed, made before workers, ended with it.
 
 Each has a placement group of its own, so that the room of a dead actor is kept for its next life. A
 hung one is killed once, whichever ranks say so.
@@ -25,8 +25,12 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from llmray import hub
+from llmray.arguments import reward_sets
+from llmray.arguments.reward_sets import RewardSet
+from llmray.arguments.rlhf import kind_of
 from llmray.errors import LlmrayError, RewardError
 from llmray.orchestration import cluster
+from llmray.orchestration.board import Job
 from llmray.orchestration.plan import (
     Inventory,
     Node,
@@ -38,7 +42,6 @@ from llmray.orchestration.plan import (
 )
 from llmray.orchestration.reward_actor import Pong, RewardActor, Seat, as_ours, policy_files
 from llmray.rl.reward_function import FunctionReward
-from llmray.rl.rewards import kind_of, names_of
 
 if TYPE_CHECKING:
     from llmray.arguments.run import RunArguments
@@ -49,16 +52,33 @@ log = getLogger("llmray")
 
 @dataclass
 class Actors:
-    """The actors of a run, in the driver.
+    """The actors of a run or a sweep, in the driver.
 
     Attributes:
         seats: of all reward models.
         groups: their placement groups.
+        node_ids: of the nodes of all actors, in the order of their roles.
     """
 
     seats: list[Seat] = field(default_factory=list)
     groups: list[PlacementGroup] = field(default_factory=list)
+    node_ids: list[str] = field(default_factory=list)
     _killed: set[tuple[str, int]] = field(default_factory=set)
+
+    def seats_of(self, run: RunArguments) -> tuple[Seat, ...]:
+        """Those of a run's reward models.
+
+        Raises:
+            RewardError: there are none of one of them.
+        """
+        keys = {one.key: one for one in reward_sets.of_run(run)}
+        for key in keys.keys() - {seat.of for seat in self.seats}:
+            raise RewardError(
+                f"No actors were made of reward model {keys[key].name} as this trial asks for it. "
+                "All that a sweep may need are required before its first trial. List the values of "
+                "its keys with choice or grid."
+            )
+        return tuple(seat for seat in self.seats if seat.of in keys)
 
     def kill_hung(self, title: str, pid: int) -> None:
         """Kill an actor, unless that life of it was killed before; Ray starts it anew."""
@@ -82,53 +102,51 @@ class Actors:
         self.seats, self.groups = [], []
 
 
-def roles_of(arguments: RunArguments) -> list[Role]:
-    """The actors that a run needs beside its workers, one role for each reward model."""
-    if arguments.finetuning.stage != "ppo":
-        return []
-    rlhf = arguments.rlhf
-    pairs = zip(rlhf.reward_models, names_of(rlhf.reward_models), strict=True)
+def roles_of(sets: Sequence[RewardSet]) -> list[Role]:
+    """The actors that are needed beside workers, one role for each reward model."""
     return [
         Role(
-            f"reward model {short}",
+            f"reward model {one.short}{one.apart}",
             rlhf.reward_num_actors or 1,
             {key: float(v) for key, v in (rlhf.reward_resources_per_actor or {}).items()},
             rlhf.reward_placement_strategy or "PACK",
             rlhf.reward_label_selector or {},
         )
-        for name, short in pairs
-        if kind_of(name) == "model"
+        for one in sets
+        for rlhf in (one.run.rlhf,)
     ]
 
 
-def model_names(arguments: RunArguments) -> list[str]:
-    """The rewards of a run that are models, in the order of its roles."""
-    return [name for name in arguments.rlhf.reward_models if kind_of(name) == "model"]
-
-
-def check(arguments: RunArguments, placement: Placement, inventory: Inventory, folder: str) -> None:
+def check(
+    runs: Sequence[RunArguments],
+    sets: Sequence[RewardSet],
+    placement: Placement,
+    inventory: Inventory,
+    folder: str,
+) -> None:
     """Look for rewards where they are needed, before anything is loaded.
 
     Args:
-        arguments: the run.
-        placement: of its roles.
+        runs: those that ask for rewards.
+        sets: their reward models.
+        placement: of workers, and of the roles of `sets`.
         inventory: of the cluster.
         folder: of this process, where modules of functions are.
 
     Raises:
         LlmrayError: a node has no such model, or no such function.
     """
-    if arguments.finetuning.stage != "ppo":
-        return
     here = ray.get_runtime_context().get_node_id()
-    for name, role in zip(model_names(arguments), placement.roles, strict=True):
+    for one, role in zip(sets, placement.roles, strict=True):
         nodes = [n for n in inventory.nodes if capacity(n, role.resources)]
         nodes = [n for n in nodes if n.node_id != here and has_labels(n, role.labels)]
         cluster.check_versions([n for n in nodes if not capacity(n, placement.resources)])
-        for path in (name, *arguments.rlhf.reward_model_adapters):
+        for path in (one.name, *one.run.rlhf.reward_model_adapters):
             cluster.check_exists(nodes, path, "reward_model")
     workers = [n for n in inventory.nodes if capacity(n, placement.resources)]
-    for name in arguments.rlhf.reward_models:
+    asking = [run for run in runs if run.finetuning.stage == "ppo"]
+    names = dict.fromkeys(name for run in asking for name in run.rlhf.reward_models)
+    for name in names:
         if kind_of(name) == "function":
             cluster.on_nodes(workers, _find_function, name, folder)
 
@@ -173,19 +191,19 @@ def _hold(role: Role, *, pinned: bool = False) -> tuple[PlacementGroup, list[str
 
 
 def start(
-    arguments: RunArguments,
+    sets: Sequence[RewardSet],
     placement: Placement,
     inventory: Inventory,
     board: str,
     environ: Environment,
 ) -> Actors:
-    """Make the actors of a run and wait until their models are loaded.
+    """Make the actors of reward models and wait until these are loaded.
 
     Args:
-        arguments: the run.
-        placement: with its roles.
+        sets: the reward models.
+        placement: with the roles of `sets`.
         inventory: of the cluster.
-        board: the name of the board, which has the job.
+        board: the name of a board, which gets what they are made from.
         environ: of tasks and actors.
 
     Raises:
@@ -193,12 +211,14 @@ def start(
     """
     made = Actors()
     try:
-        for name, role, (group, node_ids) in zip(
-            model_names(arguments), placement.roles, reserve(placement, inventory), strict=True
-        ):
-            made.groups.append(group)
-            _fetch(arguments, name, [n for n in inventory.nodes if n.node_id in node_ids], environ)
-            made.seats += _seats(name, role, group, board, environ)
+        held = reserve(placement, inventory)
+        made.groups = [group for group, _ in held]
+        made.node_ids = [node_id for _, node_ids in held for node_id in node_ids]
+        for one, role, (group, node_ids) in zip(sets, placement.roles, held, strict=True):
+            nodes = [n for n in inventory.nodes if n.node_id in node_ids]
+            _fetch(one.run, one.name, nodes, environ)
+            ray.get(ray.get_actor(board).give_to.remote(one.key, _job(one, environ)))
+            made.seats += _seats(one, role, group, board, environ)
         made.seats = [replace(seat, pong=_first_answer(seat)) for seat in made.seats]
     except BaseException:
         made.close()
@@ -206,8 +226,21 @@ def start(
     return made
 
 
+def _job(one: RewardSet, environ: Environment) -> Job:
+    """What actors need to know."""
+    return Job(
+        arguments=one.run,
+        run_dir="",
+        prepared=None,
+        threads=None,
+        uses_gpu=False,
+        secrets=dict(environ.secrets),
+        core=None,
+    )
+
+
 def _seats(
-    name: str, role: Role, group: PlacementGroup, board: str, environ: Environment
+    one: RewardSet, role: Role, group: PlacementGroup, board: str, environ: Environment
 ) -> list[Seat]:
     resources = dict(role.resources)
     cores, gpus = resources.get("CPU"), resources.get("GPU", 0.0)
@@ -225,8 +258,10 @@ def _seats(
     seats = []
     for number in range(role.number):
         where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number)
-        actor = kind.options(scheduling_strategy=where).remote(board, name, threads, gpus > 0)
-        seats.append(Seat(name, number, actor, resources, Pong("", "", 0)))
+        words = (board, one.key, one.name, threads, gpus > 0)
+        actor = kind.options(scheduling_strategy=where).remote(*words)
+        unseen = Pong("", "", 0)
+        seats.append(Seat(one.name, number, actor, resources, unseen, one.key, one.apart))
     return seats
 
 

@@ -60,6 +60,7 @@ class Board:
 
     def __init__(self) -> None:
         self._job: Job | None = None
+        self._jobs_of: dict[str, Job] = {}
         self._stop: str | None = None
         self._messages: list[Message] = []
         self._failures: list[tuple[int, LlmrayError]] = []
@@ -74,6 +75,14 @@ class Board:
     def job(self) -> Job | None:
         """The job."""
         return self._job
+
+    def give_to(self, whose: str, job: Job) -> None:
+        """Keep the job for the actors of a reward model."""
+        self._jobs_of[whose] = job
+
+    def job_of(self, whose: str) -> Job:
+        """What `give_to` was given."""
+        return self._jobs_of[whose]
 
     def keep_controller(self, controller: ActorHandle) -> None:
         """Keep Ray Train's controller, so that the driver can end it."""

@@ -127,12 +127,26 @@ def place(
 
 def room_beside(placement: Placement, inventory: Inventory, node_ids: Sequence[str]) -> bool:
     """Whether the workers still fit where the actors lie on these nodes, in their roles' order."""
-    amounts = [role.resources for role in placement.roles for _ in range(role.number)]
-    rest = inventory.nodes
-    for node_id, taken in zip(node_ids, amounts, strict=True):
-        rest = tuple(_without(n, taken) if n.node_id == node_id else n for n in rest)
+    rest = left_beside(placement.roles, inventory, node_ids)
     words = placement.num_workers, placement.resources, placement.strategy
-    return not _problems(*words, replace(inventory, nodes=rest))
+    return not _problems(*words, replace(rest, limits=inventory.limits))
+
+
+def left_beside(roles: Sequence[Role], inventory: Inventory, node_ids: Sequence[str]) -> Inventory:
+    """What actors leave of a cluster.
+
+    Args:
+        roles: of the actors.
+        inventory: of the cluster, empty otherwise; a node that is not there came since.
+        node_ids: of the actors' nodes, in their roles' order; none where they are not known yet.
+    """
+    amounts = [role.resources for role in roles for _ in range(role.number)]
+    nodes = inventory.nodes
+    for node_id, taken in zip(node_ids, amounts, strict=bool(node_ids)):
+        nodes = tuple(_without(n, taken) if n.node_id == node_id else n for n in nodes)
+    needed, limits = _needed(roles), inventory.limits
+    rest = limits if limits is None else _less(limits, needed)
+    return Inventory(nodes, _less(inventory.available, needed), rest)
 
 
 def has_labels(node: Node, wanted: Mapping[str, str]) -> bool:

@@ -58,13 +58,14 @@ class RewardActor:
 
     Args:
         board: the name of the board, whose job names the model's files and what may read them.
+        of: the key of the reward model there.
         name: as it is in reward_model.
         threads: of torch, None to leave it alone.
         uses_gpu: whether it has one.
     """
 
-    def __init__(self, board: str, name: str, threads: int | None, uses_gpu: bool) -> None:
-        self._board, self._name = board, name
+    def __init__(self, board: str, of: str, name: str, threads: int | None, uses_gpu: bool) -> None:
+        self._board, self._of, self._name = board, of, name
         self._threads, self._uses_gpu = threads, uses_gpu
         self._merging: Merging | None = None
         self._failure: LlmrayError | None = None
@@ -104,7 +105,7 @@ class RewardActor:
 
         if self._threads is not None:
             torch.set_num_threads(self._threads)
-        job = ray.get(ray.get_actor(self._board).job.remote())
+        job = ray.get(ray.get_actor(self._board).job_of.remote(self._of))
         os.environ.update(job.secrets)
         arguments: RunArguments = job.arguments
         try:
@@ -136,11 +137,13 @@ class Seat:
     actor: ActorHandle
     resources: dict[str, float]
     pong: Pong  # at the start of the run
+    of: str = ""  # the key of its reward model among those of the driver
+    apart: str = ""  # what tells that from another one of the same name
 
     @property
     def title(self) -> str:
         """For messages."""
-        return f"{self.name}[{self.number}]"
+        return f"{self.name}{self.apart}[{self.number}]"
 
 
 class ActorReward:

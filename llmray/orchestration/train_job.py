@@ -29,7 +29,7 @@ from ray.train.v2.api.config import LoggingConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from llmray import store
-from llmray.arguments import environment
+from llmray.arguments import environment, reward_sets
 from llmray.data.prepared import PreparedRef
 from llmray.errors import ArgumentsError, ClusterError, LlmrayError
 from llmray.orchestration import actors, cluster, prepare_job, worker
@@ -273,7 +273,8 @@ class _Driver:
 
     def train(self) -> int:
         arguments, inventory = self.arguments, cluster.inventory()
-        use_cpu, roles = arguments.training.use_cpu, actors.roles_of(arguments)
+        use_cpu, sets = arguments.training.use_cpu, reward_sets.of_runs([arguments])
+        roles = actors.roles_of(sets)
         placement = place(arguments.cluster, inventory, use_cpu=use_cpu, roles=roles)
         for note in placement.notes:
             log.info("%s", note)
@@ -283,7 +284,7 @@ class _Driver:
         tasks_see = tasks_environment(self.is_ours)
         others = [node for node in nodes if node.node_id != here]
         check_nodes(arguments, self.run_dir, others, tasks_see.open_vars)
-        actors.check(arguments, placement, inventory, os.getcwd())
+        actors.check([arguments], sets, placement, inventory, os.getcwd())
         with self.signals.interrupting():
             prepared = prepare_job.prepare(arguments, nodes, here, tasks_see)
         self._clear_run_dir()
@@ -301,11 +302,10 @@ class _Driver:
         )
         board_name = f"llmray-board-{uuid.uuid4().hex}"
         board = boards.create(board_name)
-        ray.get(board.give.remote(job))
         with self.signals.interrupting():
-            self.rewards = actors.start(arguments, placement, inventory, board_name, tasks_see)
+            self.rewards = actors.start(sets, placement, inventory, board_name, tasks_see)
         with closing(self.rewards):
-            ray.get(board.give.remote(replace(job, seats=tuple(self.rewards.seats))))
+            ray.get(board.give.remote(replace(job, seats=self.rewards.seats_of(arguments))))
             self._fit(self._trainer(placement, board, dict(tasks_see.open_vars)), board)
         output_dir = str(arguments.training.output_dir)
         if leave_files(self.run_dir, output_dir):

@@ -14,7 +14,9 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from logging import getLevelName, getLogger
@@ -22,17 +24,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.actor import ActorHandle
 
 from llmray import store
+from llmray.arguments import reward_sets
+from llmray.arguments.cluster import ClusterArguments
 from llmray.arguments.tune import Sweep, sweep_of
 from llmray.data.prepared import PreparedRef
-from llmray.errors import ArgumentsError, ClusterError
+from llmray.errors import ClusterError
 from llmray.model.mapped import Load
 from llmray.orchestration import actors, cluster, ledger, prepare_job, train_job
+from llmray.orchestration import board as boards
 from llmray.orchestration.board import Job, Message
 from llmray.orchestration.ledger import Entry
-from llmray.orchestration.plan import Inventory, Placement, capacity, groups_at_once, place
-from llmray.orchestration.searching import Asked, Listed, Values
+from llmray.orchestration.plan import (
+    Inventory,
+    Placement,
+    Role,
+    capacity,
+    groups_at_once,
+    left_beside,
+    place,
+)
+from llmray.orchestration.searching import Asked, Listed, Searcher, Values
 from llmray.orchestration.slots import Slot
 from llmray.orchestration.sweeping import (
     ALIKE,
@@ -47,7 +61,14 @@ from llmray.orchestration.train_job import DriverSignals, Stopped
 from llmray.stop_signals import EXIT_CODES
 from llmray.sweep import report, results, scheduling
 from llmray.sweep.scheduling import Length
-from llmray.sweep.trials import Trial, run_of, sweep_directory, sweep_name, trials_of
+from llmray.sweep.trials import (
+    Trial,
+    run_of,
+    runs_by_rewards,
+    sweep_directory,
+    sweep_name,
+    trials_of,
+)
 from llmray.train.loop import cadence
 from llmray.train.observers import describe
 
@@ -103,6 +124,10 @@ class _Driver:
     said: set[str] = field(default_factory=set)  # warnings of trials
     began: float = field(default_factory=time.monotonic)
     steps_before: int = 0
+    roles: Sequence[Role] = ()  # of reward models that stay for the whole sweep
+    rewards: actors.Actors = field(default_factory=actors.Actors)
+    board: ActorHandle | None = None  # of reward models
+    room: Inventory | None = None  # what they leave of the cluster, once they are there
 
     @cached_property
     def run_dir(self) -> str:
@@ -120,45 +145,84 @@ class _Driver:
         return train_job.tasks_environment(self.is_ours)
 
     def run(self, *, resumes: bool) -> int:
-        arguments, sweep = self.arguments, self.sweep
-        _refuse_reward_models(arguments)
-        placement = self._placement(arguments)
+        self._check()
+        self._open_ledger(resumes=resumes)
+        asks = self.sweep.searcher == "optuna"
+        searcher = Asked(self.sweep, self.entries.values()) if asks else Listed()
+        waiting = [_trial(entry) for entry in self.entries.values() if not entry.is_over]
+        runs = [run_of(self.arguments, trial) for trial in waiting]
+        for run in runs:  # all data before the first trial
+            self._data(run)
+        self._start_rewards([*runs, *(runs_by_rewards(self.arguments, self.sweep) if asks else ())])
+        with closing(self.rewards):
+            loop = self._loop(searcher)
+            try:
+                stopped = loop.run()
+            finally:
+                self._leave_outputs()
+        self._say_spent(loop)
+        if stopped not in EXIT_CODES:
+            results.refuse_failure(self._failures(stopped))
+        return exit_code(stopped)
+
+    def _check(self) -> None:
+        """Compare needs with what is there, before anything is written or loaded."""
+        arguments = self.arguments
+        runs = runs_by_rewards(arguments, self.sweep)
+        sets = reward_sets.of_runs(runs)
+        self.roles = actors.roles_of(sets)
+        try:
+            placement = self._placement(arguments)
+            for run in runs:  # which may differ in what they need
+                self._placement(run)
+        except ClusterError as error:
+            if not (keys := reward_sets.differing(sets)):
+                raise
+            raise ClusterError(
+                f"{error} Trials differ in {', '.join(keys)}, so that each value has reward models "
+                "of its own, which stay for the whole sweep: search it without the others, or not."
+            ) from error
         for note in placement.notes:
             log.info("%s", note)
-        at_once = self._at_once(placement)
-        nodes = self._nodes(placement)
         here = ray.get_runtime_context().get_node_id()
-        others = [node for node in nodes if node.node_id != here]
+        others = [node for node in self._nodes(placement) if node.node_id != here]
         train_job.check_nodes(arguments, self.run_dir, others, self.environment.open_vars)
-        self._open_ledger(resumes=resumes)
-        asks = sweep.searcher == "optuna"
-        searcher = Asked(sweep, self.entries.values()) if asks else Listed()
-        for entry in self.entries.values():  # all data before the first trial
-            if not entry.is_over:
-                self._data(run_of(arguments, _trial(entry)))
-        loop = Sweeping(
-            sweep=sweep,
+        actors.check(runs, sets, placement, self.inventory, os.getcwd())
+
+    def _start_rewards(self, runs: Sequence[RunArguments]) -> None:
+        """Make the actors of all reward models that these runs ask, and note what room they leave.
+
+        Raises:
+            LlmrayError: a reward model is not there, or does not fit.
+        """
+        sets = reward_sets.of_runs(runs)
+        self.roles = actors.roles_of(sets)
+        placement = self._placement(self.arguments)
+        if sets:
+            log.info("for all trials: %s", "; ".join(map(str, placement.roles)))
+            name = f"llmray-board-{uuid.uuid4().hex}"
+            self.board = boards.create(name)
+            with self.signals.interrupting():
+                words = sets, placement, self.inventory, name, self.environment
+                self.rewards = actors.start(*words)
+        self.room = left_beside(placement.roles, self.inventory, self.rewards.node_ids)
+
+    def _loop(self, searcher: Searcher) -> Sweeping:
+        return Sweeping(
+            sweep=self.sweep,
             entries=self.entries,
             searcher=searcher,
             plan_of=self._plan,
             new_entry=self._new_entry,
             settings_of=self._settings,
             open_slot=self._open_slot,
-            at_once=at_once,
-            max_failures=arguments.cluster.ray_max_failures,
+            at_once=self._at_once(self._placement(self.arguments)),
+            max_failures=self.arguments.cluster.ray_max_failures,
             signals=self.signals,
             say=self._say,
             settled=self._settled,
             heard=self._heard,
         )
-        try:
-            stopped = loop.run()
-        finally:
-            self._leave_outputs()
-        self._say_spent(loop)
-        if stopped not in EXIT_CODES:
-            results.refuse_failure(self._failures(stopped))
-        return exit_code(stopped)
 
     def _open_ledger(self, *, resumes: bool) -> None:
         """The trials that are known now, those of an earlier driver as it left them."""
@@ -184,23 +248,29 @@ class _Driver:
     def _placement(self, run: RunArguments) -> Placement:
         """The placement of a trial's workers; on cores, max_concurrent trials share them."""
         arguments, use_cpu = run.cluster, run.training.use_cpu
-        placement = place(arguments, self.inventory, use_cpu=use_cpu)
+        placement = self._placed(arguments, use_cpu)
         wished = self.sweep.max_concurrent or 1
         if placement.uses_gpu or arguments.resources_per_worker is not None or wished == 1:
             return placement
         number = placement.num_workers * wished
         try:
             wide = arguments.model_copy(update={"ray_num_workers": number})
-            resources = place(wide, self.inventory, use_cpu=use_cpu).resources
+            resources = self._placed(wide, use_cpu).resources
         except ClusterError:
             resources = {"CPU": 1.0}
-        return place(
-            arguments.model_copy(update={"resources_per_worker": resources}), self.inventory
-        )
+        narrow = arguments.model_copy(update={"resources_per_worker": resources})
+        return self._placed(narrow, use_cpu)
+
+    def _placed(self, arguments: ClusterArguments, use_cpu: bool) -> Placement:
+        """Workers beside the reward models, which hold their places or are yet to come."""
+        if self.room is not None:
+            return place(arguments, self.room, use_cpu=use_cpu)
+        return place(arguments, self.inventory, use_cpu=use_cpu, roles=self.roles)
 
     def _at_once(self, placement: Placement) -> int:
         """How many trials train at a time."""
-        fit, wished = groups_at_once(placement, self.inventory), self.sweep.max_concurrent
+        room = self.room or self.inventory
+        fit, wished = groups_at_once(placement, room), self.sweep.max_concurrent
         if wished is not None and wished > fit:
             log.info("max_concurrent=%d: the cluster holds %d trials at a time", wished, fit)
         elif wished is None and fit == 1:
@@ -247,6 +317,7 @@ class _Driver:
             metric=self.sweep.metric,
             group=sweep_name(self.arguments),
             num_trials=max(len(self.entries), self.sweep.num_samples),
+            seats=self.rewards.seats_of(run),
         )
         return Plan(run, Shape(placement, tuple(flat[key] for key in OF_PROCESS)), job)
 
@@ -269,6 +340,9 @@ class _Driver:
 
     def _heard(self, entry: Entry, message: Message) -> None:
         """Keep a trial's lines in its folder; its warnings are shown, each once."""
+        if message.kind == "hung":
+            self.rewards.kill_hung(*message.content)
+            return
         if message.kind == "log":
             level, text = message.content
             line = text if level <= 20 else f"{getLevelName(level).lower()}: {text}"
@@ -349,16 +423,6 @@ class _Driver:
                 spent.between,
                 100 * spent.between / spent.busy,
             )
-
-
-def _refuse_reward_models(arguments: RunArguments) -> None:
-    roles = actors.roles_of(arguments)
-    if roles:
-        raise ArgumentsError(
-            f"{roles[0].name} is loaded on Ray, but a sweep starts no actors for reward models "
-            "yet. Serve it by `llmray reward-server` and name its address as reward_model, or "
-            "train without a sweep."
-        )
 
 
 def described_loads(address: str, loads: Sequence[Load]) -> str:

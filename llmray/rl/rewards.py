@@ -6,7 +6,6 @@ Text in, one float an answer out, whatever stands behind: reward models, servers
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Protocol
 
-from llmray.arguments.rlhf import RewardKind, kind_of
+from llmray.arguments.rlhf import RewardKind, kind_of, names_of
 from llmray.rl.handles import Answer, Handle, InProcess
 from llmray.rl.pool import Pool, PoolCounts, PoolOptions, Reason
 from llmray.rl.reward_api import ApiOptions, RewardApi
@@ -153,17 +152,6 @@ def handle_of(reward_model: str, *, folder: Path, api: ApiOptions, num_requests:
     if kind_of(reward_model) == "api":
         return InProcess(reward_model, RewardApi(reward_model, api), num_requests)
     return InProcess(reward_model, FunctionReward.named(reward_model, folder))
-
-
-def names_of(reward_models: Sequence[str]) -> list[str]:
-    """Short names for metrics: the last part of each, numbered where two would be equal."""
-    names: list[str] = []
-    for model in reward_models:
-        last = re.split(r"[/:]", model.rstrip("/"))[-1]
-        short = re.sub(r"[^\w.-]", "_", last) or "reward"
-        same = sum(name == short or name.startswith(f"{short}_") for name in names)
-        names.append(f"{short}_{same + 1}" if same else short)
-    return names
 
 
 __all__ = [

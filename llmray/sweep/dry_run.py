@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from llmray import hub, store
-from llmray.arguments import derived, environment
+from llmray.arguments import derived, environment, reward_sets
 from llmray.arguments.problems import shown
+from llmray.arguments.reward_sets import RewardSet
 from llmray.arguments.run import RunArguments
 from llmray.arguments.space import Dimension, Values
 from llmray.arguments.tune import Sweep, sweep_of
@@ -24,7 +26,15 @@ from llmray.model.memory import Estimate, estimate_for, gigabytes
 from llmray.sweep.report import aligned
 from llmray.sweep.results import TABLE
 from llmray.sweep.scheduling import Length, expected_steps, length_by_rows, rungs, settings
-from llmray.sweep.trials import Trial, by_data, data_key, run_of, sweep_directory, trials_of
+from llmray.sweep.trials import (
+    Trial,
+    by_data,
+    data_key,
+    run_of,
+    runs_by_rewards,
+    sweep_directory,
+    trials_of,
+)
 
 MOST_SHOWN = 40  # trials
 PRECISION_OF = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -36,7 +46,8 @@ class Plan:
 
     `trials` are those that are listed, or one for each end of each range where a searcher chooses.
     `rows` has the rows to train on by the key of each prepared data set, None where it is yet to be
-    prepared; `lengths` the length of each trial, as far as its rows are known.
+    prepared; `lengths` the length of each trial, as far as its rows are known. `rewards` are the
+    reward models that stay for the whole sweep.
     """
 
     num_trials: int
@@ -44,6 +55,7 @@ class Plan:
     rows: Mapping[str, int | None]
     lengths: Mapping[str, Length]
     memory: Mapping[str, Estimate]
+    rewards: Sequence[RewardSet]
 
 
 def show(base: RunArguments) -> int:
@@ -80,7 +92,9 @@ def plan(base: RunArguments, sweep: Sweep, *, root: Path) -> Plan:
         if (length := length_by_rows(runs[name], rows[key])) is not None
     }
     memory = {name: found for name, run in runs.items() if (found := _memory(run)) is not None}
-    return Plan(sweep.num_samples if asks else len(trials), trials, rows, lengths, memory)
+    number = sweep.num_samples if asks else len(trials)
+    rewards = reward_sets.of_runs(runs_by_rewards(base, sweep))
+    return Plan(number, trials, rows, lengths, memory, rewards)
 
 
 def text(base: RunArguments, sweep: Sweep, found: Plan) -> str:
@@ -91,11 +105,13 @@ def text(base: RunArguments, sweep: Sweep, found: Plan) -> str:
         "metric": f"{sweep.metric}, {'less' if sweep.mode == 'min' else 'more'} is better",
         "scheduler": _scheduler(sweep, found),
         "workers": _workers(base, sweep),
+        "rewards": _rewards(base, found),
         "data": _data(found),
         "steps": _steps(sweep, found),
         "memory": _most_memory(found),
         "time": _time(base, sweep, found),
     }
+    facts = {name: value for name, value in facts.items() if value}
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
     return "\n".join([*lines, "", _table(sweep, found)])
@@ -166,6 +182,28 @@ def _workers(base: RunArguments, sweep: Sweep) -> str:
     )
     budget = f", none after {timedelta(seconds=sweep.time_budget_s)}" if sweep.time_budget_s else ""
     return f"{base.cluster.num_workers} a trial with {each}; {at_once}{budget}"
+
+
+def _rewards(base: RunArguments, found: Plan) -> str:
+    """The actors of reward models, and what the cluster needs at least; empty without any."""
+    if not found.rewards:
+        return ""
+    said, needed = [], _times(base.cluster.resources_per_worker, base.cluster.num_workers)
+    for one in found.rewards:
+        number, each = one.run.rlhf.reward_num_actors or 1, one.run.rlhf.reward_resources_per_actor
+        what = "a GPU, or a core where there is none" if each is None else json.dumps(each)
+        said.append(f"{_counted(number, 'actor')} of {one.short}{one.apart} with {what}")
+        taken = _times(each, number)
+        if needed is None or taken is None:
+            needed = None
+        else:
+            needed = {k: needed.get(k, 0) + taken.get(k, 0) for k in {**needed, **taken}}
+    least = f", {json.dumps(needed)} with one trial" if needed is not None else ""
+    return f"{'; '.join(said)}: for the whole sweep{least}"
+
+
+def _times(resources: Mapping[str, Any] | None, number: int) -> dict[str, float] | None:
+    return None if resources is None else {key: v * number for key, v in resources.items()}
 
 
 def _data(found: Plan) -> str:

@@ -10,14 +10,16 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llmray import hub, store
+from llmray.arguments import reward_sets
 from llmray.arguments.loading import with_problems
-from llmray.arguments.problems import raise_all
+from llmray.arguments.problems import Problem, raise_all
 from llmray.arguments.run import RunArguments
-from llmray.arguments.space import Space, Values
+from llmray.arguments.space import Distribution, Space, Values
 from llmray.arguments.tune import Sweep
 from llmray.data import prepared
 from llmray.errors import ArgumentsError
@@ -82,6 +84,30 @@ def run_of(base: RunArguments, trial: Trial) -> RunArguments:
     Raises:
         ArgumentsError: the trial's values are wrong.
     """
+    arguments, problems = _laid_over(base, trial)
+    raise_all(problems, trial.name)
+    return arguments
+
+
+def runs_by_rewards(base: RunArguments, sweep: Sweep) -> list[RunArguments]:
+    """Runs that ask all reward models that trials of a sweep may ask.
+
+    Those of trials that are known; where a searcher chooses, one for each choice that it may make
+    of what decides a reward model.
+    """
+    if sweep.searcher != "optuna":
+        return [run_of(base, trial) for trial in trials_of(sweep)]
+    space = reward_sets.space_of(sweep.space)
+    points = [space.assemble(partial(_value_at, chosen)) for chosen in space.grid()]
+    return [_laid_over(base, Trial(1, values))[0] for values in points]
+
+
+def _value_at(chosen: Mapping[str, Any], key: str, found: Distribution) -> Any:
+    """A value at a point of a grid; of a key that cannot be counted its first end."""
+    return chosen[key] if key in chosen else found.ends()[0]
+
+
+def _laid_over(base: RunArguments, trial: Trial) -> tuple[RunArguments, list[Problem]]:
     name = sweep_name(base)
     keys: dict[str, Any] = {
         "tune": None,
@@ -99,9 +125,7 @@ def run_of(base: RunArguments, trial: Trial) -> RunArguments:
         keys["swanlab_run_name"] = f"{tracking.swanlab_run_name}/{trial.name}"
     if tracking.logging_dir is not None:
         keys["logging_dir"] = store.join(tracking.logging_dir, trial.name)
-    arguments, problems = with_problems(base, keys | dict(trial.values))
-    raise_all(problems, trial.name)
-    return arguments
+    return with_problems(base, keys | dict(trial.values))
 
 
 def sweep_directory(base: RunArguments) -> str:

@@ -232,3 +232,19 @@ def test_other_names_of_keys_and_values_are_searched_too():
 def test_arguments_with_a_section_can_be_changed():
     arguments = load(RUN | {"tune": {"search": GRID}}, environ={})
     assert replace(arguments, seed=3).training.seed == 3
+
+
+def test_reward_models_of_a_searcher_that_learns_are_known_before():
+    keys = {"stage": "ppo", "reward_model": "rm", "reward_model_type": "full"}
+    search = {"reward_batch_tokens": {"randint": [512, 4096]}}
+    said = refused({"search": search, "searcher": "optuna"}, **keys)
+    assert "searcher=optuna with reward_batch_tokens" in said
+    assert "Write choice with a list" in said
+    search = {"reward_batch_tokens": {"choice": [512, 4096]}, **RATES}
+    sweep({"search": search, "searcher": "optuna"}, **keys)
+    sweep({"search": {"reward_batch_tokens": {"randint": [512, 4096]}}}, **keys)
+    function = {**keys, "reward_model": "rewards:score"}
+    search = {"reward_batch_tokens": {"randint": [512, 4096]}}
+    sweep({"search": search, "searcher": "optuna"}, **function)
+    search["reward_model"] = {"choice": ["rewards:score", "rm"]}
+    assert "makes reward models" in refused({"search": search, "searcher": "optuna"}, **function)

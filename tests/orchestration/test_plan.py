@@ -11,6 +11,7 @@ from llmray.orchestration.plan import (
     Role,
     capacity,
     groups_at_once,
+    left_beside,
     place,
     room_beside,
 )
@@ -261,3 +262,18 @@ def test_groups_that_fit_at_once(strategy, num_workers, cores, expected):
 def test_groups_that_an_autoscaler_makes_room_for():
     grows = Inventory((), {}, limits={"CPU": 64.0, "GPU": 8.0})
     assert groups_at_once(Placement(2, {"GPU": 1.0}, "PACK"), grows) == 4
+
+
+def test_what_actors_leave_of_a_cluster():
+    """Actors on the first node and the second take a core each of theirs, and a GPU of the first.
+
+    An actor on a node that came since takes of what is free, and of what may come.
+    """
+    found = inventory({"CPU": 4.0, "GPU": 1.0}, {"CPU": 4.0}, limits={"CPU": 20.0, "GPU": 1.0})
+    roles = [Role("a", 1, {"CPU": 1.0, "GPU": 1.0}), Role("b", 2, {"CPU": 1.0})]
+    rest = left_beside(roles, found, ["id0", "id1", "new"])
+    assert [node.resources for node in rest.nodes] == [{"CPU": 3.0, "GPU": 0.0}, {"CPU": 3.0}]
+    assert rest.available == {"CPU": 5.0, "GPU": 0.0}
+    assert rest.limits == {"CPU": 17.0, "GPU": 0.0}
+    unknown = left_beside(roles, found, [])
+    assert (unknown.nodes, unknown.limits) == (found.nodes, rest.limits)

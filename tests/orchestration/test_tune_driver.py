@@ -4,15 +4,19 @@ import logging
 
 import pytest
 
+from llmray.arguments import reward_sets
 from llmray.arguments.loading import load
 from llmray.arguments.tune import sweep_of
+from llmray.errors import ClusterError, RewardError
 from llmray.model.mapped import Load
-from llmray.orchestration import tune_job
+from llmray.orchestration import actors, tune_job
 from llmray.orchestration.board import Message
 from llmray.orchestration.ledger import Entry
-from llmray.orchestration.plan import Inventory, Node
+from llmray.orchestration.plan import Inventory, Node, left_beside
+from llmray.orchestration.reward_actor import Seat
 from llmray.orchestration.train_job import DriverSignals
 from llmray.orchestration.verdicts import Report
+from llmray.sweep.trials import run_of, runs_by_rewards, trials_of
 
 SEARCH = {"learning_rate": {"grid": [1e-4, 1e-3]}}
 
@@ -94,3 +98,82 @@ def test_weights_that_are_mapped_count_once_on_a_node():
         "base weights on 10.0.0.1: 4 loads; 100 MiB mapped once and shared by them, 50 MiB copied "
         "by all together"
     )
+
+
+PPO = {
+    "stage": "ppo",
+    "do_sample": True,
+    "reward_model": "saves/rm",
+    "reward_model_type": "full",
+    "reward_resources_per_actor": {"CPU": 1},
+}
+
+
+def with_rewards(tmp_path, search=SEARCH, **keys):
+    """A driver that has placed its reward models and not made them."""
+    tune = {"search": search, **keys.pop("tune", {})}
+    found = driver(tmp_path, **{**PPO, "tune": tune, **keys})
+    sets = reward_sets.of_runs(runs_by_rewards(found.arguments, found.sweep))
+    found.roles = actors.roles_of(sets)
+    return found, sets
+
+
+@pytest.mark.parametrize(
+    ("given", "resources", "at_once"),
+    [
+        ({}, {"CPU": 3.0}, 1),
+        ({"reward_num_actors": 2, "tune": {"max_concurrent": 2}}, {"CPU": 1.0}, 2),
+        ({"resources_per_worker": {"CPU": 1}}, {"CPU": 1.0}, 3),
+        ({"resources_per_worker": {"CPU": 1}, "reward_num_actors": 3}, {"CPU": 1.0}, 1),
+    ],
+)
+def test_reward_models_take_their_share_before_trials(tmp_path, given, resources, at_once):
+    found, _ = with_rewards(tmp_path, **given)
+    placement = found._placement(found.arguments)
+    assert placement.resources == resources
+    seats = [node_id for role in placement.roles for node_id in role.node_ids]
+    found.room = left_beside(placement.roles, found.inventory, seats)
+    later = found._placement(found.arguments)
+    assert (later.resources, later.roles) == (resources, ())
+    assert found._at_once(later) == at_once
+
+
+def test_fewer_cores_than_reward_models_and_one_trial_are_said_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune_job.train_job, "check_nodes", lambda *words: pytest.fail("too late"))
+    keys = {"resources_per_worker": {"CPU": 1}}
+    found, _ = with_rewards(tmp_path, reward_num_actors=4, **keys)
+    with pytest.raises(ClusterError, match=r'needs \{"CPU": 5\} for 1 worker with .* 4 actors of'):
+        found._check()
+    search = {**SEARCH, "template": {"grid": ["default", "chatml"]}}
+    found, sets = with_rewards(tmp_path, search, reward_num_actors=2, **keys)
+    assert [one.apart for one in sets] == [" (template=default)", " (template=chatml)"]
+    with pytest.raises(ClusterError, match="Trials differ in template, so that each value has"):
+        found._check()
+    assert not (tmp_path / "saves").exists()
+
+
+def test_a_trial_gets_the_actors_of_its_own_reward_models(tmp_path):
+    search = {
+        **SEARCH,
+        "reward_model": {"grid": ["saves/rm", "saves/other", "saves/rm,saves/other"]},
+    }
+    found, sets = with_rewards(tmp_path, search)
+    made = actors.Actors([Seat(s.name, 0, None, {}, None, s.key, s.apart) for s in sets])
+    runs = [run_of(found.arguments, trial) for trial in trials_of(found.sweep)]
+    names = [[seat.title for seat in made.seats_of(run)] for run in runs]
+    each = [["saves/rm[0]"], ["saves/other[0]"], ["saves/rm[0]", "saves/other[0]"]]
+    assert sorted(names) == sorted(each * 2)
+    made.seats.pop()
+    with pytest.raises(RewardError, match="No actors were made of reward model saves/other"):
+        made.seats_of(runs[-1])
+
+
+def test_an_actor_that_hangs_is_killed_whichever_trial_says_so(tmp_path, monkeypatch):
+    found, sets = with_rewards(tmp_path)
+    killed = []
+    monkeypatch.setattr(actors.ray, "kill", lambda actor, no_restart: killed.append(actor))
+    found.rewards = actors.Actors([Seat("saves/rm", n, n, {}, None, sets[0].key) for n in (0, 1)])
+    for number in (1, 2):
+        entry = Entry(number, f"trial_00{number}", {}, str(tmp_path))
+        found._heard(entry, Message("hung", ("saves/rm[1]", 77)))
+    assert killed == [1]

@@ -109,3 +109,21 @@ def test_a_data_set_that_is_missing_is_said(keys, tmp_path):
     base, found = sweep(**keys | {"dataset": "row"})
     with pytest.raises(DataError, match="row"):
         told(base, found, tmp_path / "prepared")
+
+
+def test_reward_models_that_stay_for_the_whole_sweep_are_counted(keys, tmp_path):
+    batching = {"reward_batching": {"grid": ["fixed", "arrival"]}}
+    section = {"search": {"ppo_init_kl": {"grid": [0.1, 0.2]}, **batching}}
+    ppo = {
+        "stage": "ppo",
+        "reward_model": "saves/rm",
+        "reward_model_type": "full",
+        "reward_num_actors": 2,
+        "reward_resources_per_actor": {"CPU": 2},
+        "resources_per_worker": {"CPU": 3},
+    }
+    facts, _ = told(*sweep(section, **{**keys, **ppo}), tmp_path / "prepared")
+    assert facts["rewards"] == (
+        '2 actors of rm (reward_batching=fixed) with {"CPU": 2}; 2 actors of rm '
+        '(reward_batching=arrival) with {"CPU": 2}: for the whole sweep, {"CPU": 11} with one trial'
+    )

@@ -8,7 +8,15 @@ from sweeps import GRID, sweep
 from llmray.arguments.loading import load
 from llmray.data import prepared
 from llmray.errors import ArgumentsError
-from llmray.sweep.trials import Trial, by_data, data_key, run_of, sweep_name, trials_of
+from llmray.sweep.trials import (
+    Trial,
+    by_data,
+    data_key,
+    run_of,
+    runs_by_rewards,
+    sweep_name,
+    trials_of,
+)
 
 RATES = {"learning_rate": {"loguniform": [1e-5, 1e-3]}}
 
@@ -141,3 +149,18 @@ def test_what_lies_at_a_named_place_is_that_place(base, tmp_path):
         data_key(load({**base.flat(), "tokenized_path": "/there"}, environ={}), tmp_path)
         == "/there"
     )
+
+
+def test_runs_of_a_searcher_that_learns_have_all_that_decides_reward_models():
+    """Two templates, of which one has two kinds of batches: three sets, whatever else is drawn."""
+    keys = {"stage": "ppo", "reward_model": "rm", "reward_model_type": "full"}
+    search = {
+        "template": {"choice": ["chatml", "llama3"]},
+        "reward_batching": {"choice": ["fixed", "arrival"], "when": {"template": "chatml"}},
+        "learning_rate": {"loguniform": [1e-6, 1e-4]},
+    }
+    runs = runs_by_rewards(*sweep({"search": search, "searcher": "optuna"}, **keys))
+    found = {(run.data.template, run.rlhf.reward_batching) for run in runs}
+    assert found == {("chatml", "fixed"), ("chatml", "arrival"), ("llama3", "arrival")}
+    runs = runs_by_rewards(*sweep({"search": search, "num_samples": 3}, **keys))
+    assert len({run.optimizer.learning_rate for run in runs}) == 3
