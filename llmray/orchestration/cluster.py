@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from logging import getLogger
 from pathlib import Path
@@ -109,7 +110,8 @@ def connect(arguments: ClusterArguments) -> Joined:
         # Ray would start workers at the priority 15, behind whatever else this machine does
         os.environ.setdefault("RAY_worker_niceness", "0")
     try:
-        info = ray.init(address=address, **options)
+        with _in_a_session_of_their_own():
+            info = ray.init(address=address, **options)
     except (ConnectionError, ValueError, RuntimeError, OSError, AuthenticationError) as error:
         raise ClusterError(_cannot_connect(address, error)) from error
     started = address in (None, "local") and _started_here()
@@ -364,6 +366,25 @@ def _refused(address: str | None) -> str:
         f"The Ray cluster at {address} {met} here. Set RAY_AUTH_TOKEN, or copy the cluster's "
         "~/.ray/auth_token to this machine (`ray get-auth-token` on the cluster shows it)."
     )
+
+
+@contextmanager
+def _in_a_session_of_their_own() -> Iterator[None]:
+    """Let processes that Ray starts in the block be out of reach of signals to this one's group.
+
+    Ctrl-C in a terminal and `timeout` send theirs to the whole group. A cluster of our own would
+    end at once, and with it what is to be saved; as it is, the kernel ends it with this process.
+    Remove when ray.init can be asked for this.
+    """
+    from ray._private import services, utils
+
+    started = services.ConsolePopen
+    if utils.detect_fate_sharing_support():  # elsewhere Ray ends them by their group
+        services.ConsolePopen = partial(started, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = started
 
 
 def _started_here() -> bool:

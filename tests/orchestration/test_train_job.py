@@ -113,6 +113,19 @@ def test_without_a_cluster_one_is_started_and_ended(launch, undisturbed):
     assert not any(lives(pid) for pid in pids.values())
 
 
+def test_a_signal_to_the_group_of_a_cluster_of_its_own_saves(launch, undisturbed):
+    """Ctrl-C in a terminal and `timeout` send theirs to the group: workers go on until all is
+    saved."""
+    keys = {"save_steps": 100, "ray_init_kwargs": {"address": "local"}, "ray_num_workers": 1}
+    run = launch("private-stopped", address=None, environ={"RAY_AUTH_MODE": "disabled"}, **keys)
+    run.wait_for(r"step 2/12")
+    os.killpg(run.process.pid, signal.SIGTERM)
+    assert run.finish() == 143, run.text
+    assert run.lines[-1] == f"stopped by SIGTERM, saved in {run.run_dir}"
+    assert list(run.run_dir.glob("checkpoint-*/manifest.json"))
+    assert not any(lives(pid) for pid in run.pids().values())
+
+
 def lives(pid):
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

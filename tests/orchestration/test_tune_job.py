@@ -114,6 +114,35 @@ def test_a_trial_that_the_cluster_cannot_hold_is_refused(swept, launch, ray_addr
     assert not run.output_dir.exists()
 
 
+def test_a_signal_to_the_group_of_a_cluster_of_its_own_keeps_trials(launch):
+    """As `timeout` and a terminal send it; what the driver started goes on until it has saved."""
+    keys = {
+        **KEYS,
+        "gradient_accumulation_steps": 8,
+        "save_steps": 100,
+        "ray_init_kwargs": {"address": "local", "num_cpus": 1},
+        "tune": {"search": {"learning_rate": {"grid": [1e-3, 2e-3]}}, "max_concurrent": 1},
+    }
+    environ = {"RAY_AUTH_MODE": "disabled"}
+    run = launch("own-cluster", address=None, environ=environ, command="tune", **keys)
+    found = Swept(run)
+    wait_for_step(found, "trial_001", 2)
+    [(_, [pid])] = found.attempts("trial_001")
+    os.killpg(run.process.pid, signal.SIGTERM)
+    assert run.finish() == 143, run.text
+    assert "SIGTERM: trials are saved at their next step border" in run.text
+    assert "Traceback" not in run.text
+    assert re.search(r"trial_001 .* waiting", run.text), "the table"
+    assert {row["state"] for row in found.rows().values()} == {"waiting"}
+    step = max(found.steps("trial_001"))
+    assert step < 12
+    assert (run.run_dir / "trial_001" / f"checkpoint-{step}" / "manifest.json").is_file()
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(int(pid)):
+        assert time.monotonic() < deadline, "a worker is left"
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_killed_worker_and_killed_driver_cost_no_trial(launch, ray_address, nothing_runs):
     keys = {
