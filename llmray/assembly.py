@@ -28,6 +28,7 @@ from llmray.model import embedding, export, kernels, load, tuning, upcast, value
 from llmray.model.attention import causal_lm, why_not_flat
 from llmray.model.fitting import Room, choose_recomputation
 from llmray.model.head import TokenModel, set_balance
+from llmray.rl import reward_files
 from llmray.rl.rewards import Elsewhere
 from llmray.train import device_memory, optimizers, precision, reference, schedules
 from llmray.train.engine import Engine
@@ -91,6 +92,11 @@ class Core:
     def ranks(self) -> bool:
         """Whether the run is about rewards of pairs."""
         return STAGES[self.arguments.finetuning.stage].scores
+
+    @property
+    def samples(self) -> bool:
+        """Whether the run learns from its own responses."""
+        return STAGES[self.arguments.finetuning.stage].samples
 
     def predictor(self, stop: Callable[[], str | None]) -> Predictor:
         """What generates responses to the evaluation rows."""
@@ -363,5 +369,6 @@ def _needs_checkpointing(
     """What the user said; else whether the run would not fit otherwise, on any of the ranks."""
     world = context.world
     [least] = world.max([-device_memory.free_bytes(world.device)])
-    room = Room(int(-least), precision_name, world.device.type, world.world_size)
+    rewards = reward_files.bytes_here(arguments, context.model_dir, world.device, context.rewards)
+    room = Room(int(-least), precision_name, world.device.type, world.world_size, rewards)
     return choose_recomputation(arguments, context.model_dir, lengths.tolist(), room)

@@ -31,7 +31,7 @@ def predict_rows(core: Core, files: Artefacts, metrics: dict[str, float]) -> str
     world = core.context.world
     tables = {f"predict{name.removeprefix('eval')}": rows for name, rows in core.evals.items()}
     lines = None
-    if core.arguments.training.predict_with_generate:
+    if core.samples or core.arguments.training.predict_with_generate:
         judged = predict.judge(core.predictor(core.context.stop), tables)
         if judged is None:
             log.info("the prediction was stopped, and nothing of it is written")

@@ -17,13 +17,12 @@ from typing import Any
 from torch import nn
 
 from llmray.arguments import environment
-from llmray.arguments.loading import load
 from llmray.arguments.run import RunArguments
 from llmray.assembly import Core, Training
 from llmray.data import templates
 from llmray.data.conversation import Message
 from llmray.model.attention import causal_lm
-from llmray.rl import held_out, rewards, settings
+from llmray.rl import held_out, reward_files, rewards, settings
 from llmray.rl.experience import Collector
 from llmray.rl.handles import Handle, InProcess
 from llmray.rl.pool import Pool
@@ -39,13 +38,6 @@ from llmray.train.loop import StepResult
 from llmray.train.reading import Reader
 
 log = getLogger("llmray")
-
-# how a reward model is fetched and loaded is how the policy is
-AS_THE_POLICY = (
-    *("cache_dir", "hf_hub_token", "ms_hub_token", "om_hub_token"),
-    *("trust_remote_code", "allow_pickled_weights", "infer_dtype"),
-    *("quantization_method", "quantization_type", "double_quantization"),
-)
 
 
 @dataclass
@@ -97,11 +89,13 @@ def prepare(training: Training, directory: Path) -> Reinforcement:
     if world.is_main:
         directory.mkdir(parents=True, exist_ok=True)
         show = RolloutLog(directory, arguments.rlhf.rollout_log_steps)
+    options = settings.ppo_options(arguments, checks_ratio=_is_repeatable(core))
+    lanes = options.per_device * options.accumulation * world.world_size
     step = PpoStep(
         engine=core.engine,
         collector=_collector(core, added, evaluates=False),
-        prompts=PromptReader(train.rows.table, train.batches),
-        options=settings.ppo_options(arguments, checks_ratio=_is_repeatable(core)),
+        prompts=PromptReader(train.rows.table, train.batches, lanes, world),
+        options=options,
         control=settings.kl_control(arguments),
         show=show,
     )
@@ -169,42 +163,8 @@ def reward_model(
     Raises:
         LlmrayError: it is not there, or does not fit.
     """
-    asked = of_reward_model(name, arguments, str(model_dir), use_cpu)
+    asked = reward_files.run_file(name, arguments, str(model_dir), use_cpu)
     return ModelReward.load(asked, arguments, model_dir)
-
-
-def of_reward_model(
-    name: str, arguments: RunArguments, base: str | None, use_cpu: bool | None = None
-) -> RunArguments:
-    """The run file that `llmray score` would have for a reward model.
-
-    Args:
-        name: as it is in reward_model.
-        arguments: of the run.
-        base: the policy's model, for adapters of it.
-        use_cpu: None is as the run does.
-    """
-    rlhf, model = arguments.rlhf, arguments.model
-    keys: dict[str, Any] = {
-        "stage": "rm",
-        "template": arguments.data.template,
-        "cutoff_len": arguments.data.cutoff_len,
-        **{key: getattr(model, key) for key in AS_THE_POLICY},
-        "use_cpu": arguments.training.use_cpu if use_cpu is None else use_cpu,
-    }
-    if rlhf.reward_model_type == "lora":
-        keys |= {
-            "model_name_or_path": base,
-            "adapter_name_or_path": [name],
-            "quantization_bit": model.quantization_bit,
-        }
-    else:
-        keys |= {
-            "model_name_or_path": name,
-            "adapter_name_or_path": list(rlhf.reward_model_adapters),
-            "quantization_bit": rlhf.reward_model_quantization_bit,
-        }
-    return load({k: v for k, v in keys.items() if v is not None}, environ={})
 
 
 def _collector(core: Core, added: WeightedRewards, *, evaluates: bool) -> Collector:

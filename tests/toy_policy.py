@@ -101,7 +101,7 @@ def prompts(count=16, seed=0):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 7, (count,), generator=generator).tolist()
     return [
-        Prompt(torch.randint(3, VOCABULARY, (n,), generator=generator).tolist(), row)
+        Prompt(torch.randint(3, VOCABULARY, (n,), generator=generator).tolist(), row, row)
         for row, n in enumerate(lengths)
     ]
 

@@ -346,11 +346,6 @@ COMBINATIONS_NOT_BUILT: tuple[Combination, ...] = (
         "Prompts of a stream are not built yet. Set streaming: false.",
     ),
     Combination(
-        ("do_predict", "stage"),
-        lambda flat: flat["stage"] == "ppo" and flat["do_predict"],
-        "Prediction after stage ppo is not built yet. Predict in a run of its own, stage: sft.",
-    ),
-    Combination(
         ("load_best_model_at_end", "save_only_model"),
         lambda flat: flat["load_best_model_at_end"] and flat["save_only_model"],
         "Weights that were saved alone are not restored within a run yet. Remove save_only_model.",

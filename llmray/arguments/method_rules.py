@@ -240,7 +240,9 @@ def ppo_needs_reward(arguments: RunArguments) -> Iterator[Problem]:
         )
     if not arguments.training.do_train:
         yield Problem(
-            ("stage", "do_train"), "stage=ppo does nothing but train. Write do_train: true."
+            ("stage", "do_train"),
+            "stage=ppo needs do_train: true. To evaluate or predict with a policy that is trained, "
+            "write stage: sft.",
         )
 
 

@@ -52,8 +52,9 @@ class LengthArguments(Group):
     do_eval: bool = Field(False, description="Evaluate after training.")
     do_predict: bool = Field(
         False,
-        description="Predict the evaluation rows at the end: responses with predict_with_generate, "
-        "otherwise the loss; into predict_results.json and generated_predictions.jsonl.",
+        description="Predict the evaluation rows at the end: responses with predict_with_generate "
+        "and in stage ppo, otherwise the loss; into predict_results.json and "
+        "generated_predictions.jsonl.",
     )
     predict_with_generate: bool = Field(
         False,

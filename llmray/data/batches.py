@@ -78,11 +78,26 @@ class Batches:
 
     def micro_batches(self, epoch: int, k: int) -> list[np.ndarray]:
         """What `step` gives; leaves the position where it is."""
-        if not 0 <= k < self.steps_per_epoch:
-            raise IndexError(f"step {k} of {self.steps_per_epoch}")
-        rows = self._rows(epoch, k)
+        rows = self.rows(epoch, k)
         dealt = share(self._lengths[rows], self._per_device, self._world_size, self._rank)
         return [rows[places] for places in dealt]
+
+    def rows(self, epoch: int, k: int) -> np.ndarray:
+        """The rows of step k of an epoch, over all ranks and micro-batches."""
+        if not 0 <= k < self.steps_per_epoch:
+            raise IndexError(f"step {k} of {self.steps_per_epoch}")
+        part = slice(k * self.global_batch, (k + 1) * self.global_batch)
+        if self._kind == "sequential":
+            return np.arange(len(self._lengths))[part]
+        if self._order is None or self._order[0] != epoch:
+            import torch
+
+            generator = torch.Generator().manual_seed(self._seed + epoch)
+            order = torch.randperm(len(self._lengths), generator=generator).numpy()
+            if self._kind == "group_by_length":
+                order = by_length(order, self._lengths, self.global_batch)
+            self._order = (epoch, order)
+        return self._order[1][part]
 
     def pass_by(self, epoch: int, k: int) -> None:
         """Move the position past step k of an epoch."""
@@ -120,20 +135,6 @@ class Batches:
                 "use it, or start anew with overwrite_output_dir: true."
             )
         self._epoch, self._step = state["epoch"], state["step"]
-
-    def _rows(self, epoch: int, k: int) -> np.ndarray:
-        part = slice(k * self.global_batch, (k + 1) * self.global_batch)
-        if self._kind == "sequential":
-            return np.arange(len(self._lengths))[part]
-        if self._order is None or self._order[0] != epoch:
-            import torch
-
-            generator = torch.Generator().manual_seed(self._seed + epoch)
-            order = torch.randperm(len(self._lengths), generator=generator).numpy()
-            if self._kind == "group_by_length":
-                order = by_length(order, self._lengths, self.global_batch)
-            self._order = (epoch, order)
-        return self._order[1][part]
 
 
 def by_length(order: np.ndarray, lengths: np.ndarray, global_batch: int) -> np.ndarray:

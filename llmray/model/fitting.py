@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from logging import getLogger
@@ -23,12 +24,16 @@ NUM_KEYS = 3  # that an error names
 
 @dataclass(frozen=True)
 class Room:
-    """What a worker has: the bytes that are free, and what `memory.Situation` says of it."""
+    """What a worker has: the bytes that are free, and what `memory.Situation` says of it.
+
+    `rewards` are bytes of reward models that the same process holds.
+    """
 
     free: int
     precision: str
     device: str
     num_workers: int
+    rewards: int = 0
 
 
 def choose_recomputation(
@@ -109,7 +114,7 @@ def _remedies(
             changed,
             directory,
             [min(length, limit) for length in lengths],
-            Room(room.free, precision, room.device, room.num_workers),
+            dataclasses.replace(room, precision=precision),
             recomputes=not changed.model.disable_gradient_checkpointing,
         )
         if lower.peak < 0.98 * found.peak:
@@ -145,7 +150,7 @@ def _estimate(
     *,
     recomputes: bool,
 ) -> Estimate:
-    return estimate_for(
+    found = estimate_for(
         arguments,
         directory,
         lengths,
@@ -154,3 +159,4 @@ def _estimate(
         device=room.device,
         num_workers=room.num_workers,
     )
+    return dataclasses.replace(found, rewards=room.rewards)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from llmray.arguments.finetuning import FinetuningArguments
+from llmray.arguments.model import ModelArguments
 from llmray.arguments.run import RunArguments
 from llmray.model.architecture import (
     Decoder,
@@ -92,6 +93,7 @@ class Estimate:
         mapped: weights that stay mapped from their files, which the system can drop.
         first_use: what a process holds beside tensors.
         keeps_gradients: whether gradients are there during the forward pass too.
+        rewards: reward models in the same process, which are loaded last.
     """
 
     weights: int
@@ -108,15 +110,16 @@ class Estimate:
     mapped: int
     first_use: int
     keeps_gradients: bool
+    rewards: int = 0
 
     @property
     def phases(self) -> dict[str, int]:
         """Bytes at each moment that may need the most."""
-        held = self.weights + self.optimizer
+        held = self.weights + self.optimizer + self.rewards
         kept = self.gradients if self.keeps_gradients else 0
         return {
             "loading": self.weights + self.loading,
-            "start": self.weights + self.start + self.reread,
+            "start": self.weights + self.start + self.reread + self.rewards,
             "loss": held + kept + self.activations + self.casts + self.loss,
             "backward": held + kept + self.activations + self.casts + self.backward,
             "end of backward": held + self.gradients + self.casts + self.backward,
@@ -131,7 +134,7 @@ class Estimate:
     @property
     def resident(self) -> int:
         """The growth of a process's anonymous memory on a CPU, where freed blocks go back."""
-        anonymous = {**self.phases, "start": self.weights + self.start}
+        anonymous = {**self.phases, "start": self.weights + self.start + self.rewards}
         return max(anonymous.values()) + self.first_use - self.mapped
 
     def lines(self) -> list[str]:
@@ -211,7 +214,7 @@ def estimate(
     form = _Format.of(situation, trains_own=bool(trained.own), finetuning=arguments.finetuning)
     values = trained.num_adapter + count(trained.own)
     kept_as_is = _frozen(arguments, table, trained)
-    frozen = situation.stored or _frozen_bytes(arguments, kept_as_is, form)
+    frozen = situation.stored or frozen_bytes(arguments.model, kept_as_is, form.frozen)
     weights = frozen + values * form.trained
     weights += _reference_bytes(arguments, table, form)
     kept, beside = _states(arguments, values, form)
@@ -270,15 +273,22 @@ def _frozen(arguments: RunArguments, table: Shapes, trained: Trained) -> Shapes:
     return {n: s for n, s in table.items() if is_lora or n not in trained.own}
 
 
-def _frozen_bytes(arguments: RunArguments, frozen: Shapes, form: _Format) -> int:
-    bits, total = arguments.model.quantization_bit, 0.0
+def frozen_bytes(model: ModelArguments, frozen: Shapes, size: int) -> int:
+    """Bytes of parameters that do not train.
+
+    Args:
+        model: says of how many bits they are.
+        frozen: the parameters.
+        size: bytes of a value that is not quantised.
+    """
+    bits, total = model.quantization_bit, 0.0
     for name, shape in frozen.items():
-        size = math.prod(shape)
+        values = math.prod(shape)
         if bits is not None and is_linear(name, shape):
-            total += size * quantized_bytes(bits, doubly=arguments.model.double_quantization)
+            total += values * quantized_bytes(bits, doubly=model.double_quantization)
             total += 4 * shape[0] if bits == 8 else 0
         else:
-            total += size * form.frozen
+            total += values * size
     return int(total)
 
 

@@ -290,9 +290,9 @@ def _fetch(arguments: RunArguments, name: str, nodes: Sequence[Node], environ: E
 
 def _fetch_here(arguments: RunArguments, name: str, secrets: dict[str, str]) -> None:
     """Resolve what a reward model is made of on this machine."""
-    from llmray import reinforcement
+    from llmray.rl import reward_files  # imports torch
 
     os.environ.update(secrets)
     base = policy_files(arguments)
-    asked = reinforcement.of_reward_model(name, arguments, str(base))
+    asked = reward_files.run_file(name, arguments, str(base))
     hub.resolve_all(asked.model, asked.rlhf)

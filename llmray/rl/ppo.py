@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmray.batch import Batch
 from llmray.errors import RewardError, TrainingError
-from llmray.rl import advantages, figures
+from llmray.rl import advantages, dealing, figures
 from llmray.rl.advantages import KlControl, KlEstimator, RunningMoments
 from llmray.rl.experience import Collector, Experience
 from llmray.rl.rollout import Prompt
@@ -239,19 +239,21 @@ class PpoStep:
     def _mini_batches(self, found: Experience, step: int, epoch: int) -> list[list[list[int]]]:
         """Responses by mini-batch and micro-batch, in a random order; as many on every rank."""
         options, world = self.options, self.engine.world
-        total, size = len(found.rollout.responses), options.per_device * options.accumulation
-        [most] = world.max([float(total)])
-        generator = torch.Generator().manual_seed(
-            ((options.seed * 1_000_003 + step) * 1009 + epoch) * 10_007 + world.rank
-        )
-        order = torch.randperm(total, generator=generator).tolist()
+        samples, prompts = options.num_samples, found.rollout.prompts
+        lanes = options.per_device * options.accumulation * world.world_size
+        [total] = world.sum([float(len(prompts))])
+        seed = ((options.seed * 1_000_003 + step) * 1009 + epoch) * 10_007
+        chosen = dealing.mini_batches(int(total) // samples, samples, lanes, seed).tolist()
+        parts: list[list[int]] = [[] for _ in range(-(-int(total) // lanes))]
         valid = found.valid_S.tolist()
+        for row, prompt in enumerate(prompts):
+            if valid[row]:
+                parts[chosen[prompt.place * samples + row % samples]].append(row)
+        most = world.max([float(len(part)) for part in parts])
+        numbers = [-(-int(rows) // options.per_device) for rows in most]
         return [
-            [
-                [row for row in order[at : at + options.per_device] if valid[row]]
-                for at in range(start, start + size, options.per_device)
-            ]
-            for start in range(0, int(most), size)
+            dealing.micro_batches(part, number, options.per_device)
+            for part, number in zip(parts, numbers, strict=True)
         ]
 
     def _batch(self, found: Experience, given_ST: dict[str, Tensor], rows: Sequence[int]) -> Batch:

@@ -1,14 +1,14 @@
-"""The prompts of each step: rows of a table of prompts, planned and dealt as other rows are."""
+"""The prompts of each step: rows of a table of prompts, planned as other rows are."""
 
 from __future__ import annotations
-
-import numpy as np
 
 from llmray.data import spoken
 from llmray.data.batches import Batches
 from llmray.data.shards import Table
 from llmray.errors import DataError
+from llmray.rl import dealing
 from llmray.rl.rollout import Prompt
+from llmray.train.parallel import World
 
 
 class PromptReader:
@@ -18,10 +18,13 @@ class PromptReader:
         table: rows of the features `opening`: a prompt and its conversation.
         batches: the plan; Resumable. Its step is a rollout batch: `accumulation` is that of an
             update times `ppo_buffer_size`.
+        lanes: responses of a mini-batch, over all ranks.
+        world: all ranks.
     """
 
-    def __init__(self, table: Table, batches: Batches) -> None:
+    def __init__(self, table: Table, batches: Batches, lanes: int, world: World) -> None:
         self._table = table
+        self._lanes, self._world = lanes, world
         self.batches = batches
 
     @property
@@ -35,8 +38,13 @@ class PromptReader:
         Raises:
             DataError: a row has no prompt.
         """
-        parts = self.batches.step(*divmod(step, self.batches.steps_per_epoch))
-        return [_prompt(self._table, int(row)) for row in np.concatenate(parts)]
+        at = divmod(step, self.batches.steps_per_epoch)
+        rows = self.batches.rows(*at)
+        self.batches.pass_by(*at)
+        rows = rows[dealing.in_places(self._table.lengths[rows], self._lanes)]
+        world, lengths = self._world, self._table.lengths[rows]
+        mine = dealing.places_of(lengths, self._lanes, world.world_size, world.rank)
+        return [_prompt(self._table, int(rows[place]), place) for place in mine]
 
     def close(self) -> None:
         """Nothing runs ahead."""
@@ -48,10 +56,10 @@ def prompts_of(table: Table, rank: int, world_size: int) -> list[Prompt]:
     Raises:
         DataError: a row has no prompt.
     """
-    return [_prompt(table, row) for row in range(rank, len(table), world_size)]
+    return [_prompt(table, row, row) for row in range(rank, len(table), world_size)]
 
 
-def _prompt(table: Table, row: int) -> Prompt:
+def _prompt(table: Table, row: int, place: int) -> Prompt:
     [sample] = table.samples(row)
     if not len(sample.input_ids):
         raise DataError(
@@ -59,4 +67,4 @@ def _prompt(table: Table, row: int) -> Prompt:
             "prompts: take the row out, or give it one."
         )
     said = None if sample.said is None else spoken.read(sample.said)
-    return Prompt(sample.input_ids.tolist(), row, said)
+    return Prompt(sample.input_ids.tolist(), row, place, said)

@@ -24,10 +24,15 @@ from llmray.train.generate import Response, Sampling
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a response is asked for: `row` is its number in the data, `said` its conversation."""
+    """What a response is asked for.
+
+    `row` is its number in the data, `place` that among the prompts of its step over all ranks,
+    `said` its conversation.
+    """
 
     ids: Sequence[int]
     row: int
+    place: int
     said: Conversation | None = None
 
     @property

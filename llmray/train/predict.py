@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmray.data.shards import Table
+from llmray.data import spoken
+from llmray.data.shards import Sample, Table
 from llmray.train.engine import Engine
 from llmray.train.generate import Response, Sampling, ended
 from llmray.train.similarity import similarity
@@ -30,11 +31,14 @@ SAY_EVERY_S = 30.0
 
 @dataclass(frozen=True)
 class Prediction:
-    """A row of generated_predictions.jsonl: what was asked, what came, what was to come."""
+    """A row of generated_predictions.jsonl: what was asked, what came, what was to come.
+
+    `label` is None where the data has no response.
+    """
 
     prompt: str
     predict: str
-    label: str
+    label: str | None
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Predictor:
     def predict(self, rows: Rows) -> list[Prediction] | None:
         """The responses to all rows of a table in its order; None when stopped. A collective call.
 
-        Rows are those of the features `prompt`: a prompt, then the one response as target.
+        Rows are those of the features `prompt`: a prompt, then the one response as target; or of
+        `opening`: a prompt alone, with what was said beside it.
         """
         table, world = rows.table, self.engine.world
         batches = plan(table, self.per_device)
@@ -86,7 +91,7 @@ class Predictor:
 
     def _answer(self, table: Table, batch: np.ndarray, number: int) -> dict[int, list[int]]:
         """The responses to the rows of batch `number`, by row."""
-        prompts = [parts(table, int(row))[0] for row in batch]
+        prompts = [parts(table.samples(int(row))[0])[0] for row in batch]
         device = self.engine.world.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed + number)
@@ -94,13 +99,17 @@ class Predictor:
         return {int(row): found.ids for row, found in zip(batch, responses, strict=True)}
 
     def _prediction(self, table: Table, row: int, answer: list[int]) -> Prediction:
-        prompt, label = parts(table, row)
-        whole = ended(label, self.sampling.stop_ids).ids
+        [sample] = table.samples(row)
+        prompt, label = parts(sample)
         return Prediction(
             prompt=self._text(prompt, skips_special=False),
             predict=self._text(answer, skips_special=self.skips_special),
-            label=self._text(whole, skips_special=self.skips_special),
+            label=self._label(label) if sample.said is None else said_label(sample.said),
         )
+
+    def _label(self, ids: list[int]) -> str:
+        whole = ended(ids, self.sampling.stop_ids).ids
+        return self._text(whole, skips_special=self.skips_special)
 
     def _text(self, ids: list[int], *, skips_special: bool) -> str:
         return str(
@@ -110,12 +119,19 @@ class Predictor:
         )
 
 
-def parts(table: Table, row: int) -> tuple[list[int], list[int]]:
+def parts(sample: Sample) -> tuple[list[int], list[int]]:
     """The prompt of a row and the response to compare with, as token ids."""
-    [sample] = table.samples(row)
-    start = int(np.argmax(sample.target_mask))
     ids = sample.input_ids.tolist()
+    if sample.said is not None:  # it is a prompt
+        return ids, []
+    start = int(np.argmax(sample.target_mask))
     return ids[:start], ids[start:]
+
+
+def said_label(said: str) -> str | None:
+    """The response that the data has to a prompt."""
+    label = spoken.read(said).label
+    return None if label is None else label.content
 
 
 def plan(table: Table, per_device: int) -> list[np.ndarray]:
@@ -153,8 +169,9 @@ def judge(
             return None
         seconds = time.perf_counter() - started + known.get(f"{name}_runtime", 0.0)
         scored: dict[str, float] = {}
-        if world.is_main:
-            scored = similarity([row.predict for row in found], [row.label for row in found])
+        pairs = [(row.predict, row.label) for row in found if row.label is not None]
+        if world.is_main and pairs:
+            scored = similarity([said for said, _ in pairs], [label for _, label in pairs])
         known |= {f"{name}_{score}": value for score, value in world.broadcast(scored).items()}
         known |= {
             f"{name}_runtime": round(seconds, 4),

@@ -166,7 +166,6 @@ def test_keys_that_lack_the_same_are_one_problem():
 
 COMBINED = {
     ("stage", "streaming"): {"streaming": True, "stage": "ppo"},
-    ("do_predict", "stage"): {"do_predict": True, "stage": "ppo"},
     ("load_best_model_at_end", "save_only_model"): {
         "load_best_model_at_end": True,
         "save_only_model": True,

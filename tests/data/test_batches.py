@@ -168,7 +168,7 @@ def test_steps_of_grouped_rows_are_alike_and_hold_each_row_once() -> None:
 
 
 def all_ranks_of(plan: Batches, epoch: int, k: int) -> list[np.ndarray]:
-    return [plan._rows(epoch, k)]
+    return [plan.rows(epoch, k)]
 
 
 def test_the_last_step_is_left_out_where_it_is_not_full() -> None:

@@ -75,8 +75,11 @@ def averaging(engine):
     return engine
 
 
-def learned(parts, keys, steps=2, **source):
-    """Weights, betas and metrics of each rank, whose prompts are `parts`."""
+def learned(parts, keys, steps=2, per_device=64, **source):
+    """Weights, betas and metrics of each rank, whose prompts are `parts`.
+
+    By default one mini-batch holds all: how it is shuffled makes no difference.
+    """
     meeting, found, failed = Meeting(len(parts)), {}, {}
     ranks = [Rank(rank, meeting) for rank in range(len(parts))]
     # made here: threads share the random numbers that weights come from
@@ -86,8 +89,7 @@ def learned(parts, keys, steps=2, **source):
         try:
             engine = engines[rank]
             control = KlControl(0.1, target=0.05, horizon=50)
-            # one mini-batch holds all: how it is shuffled makes no difference
-            options = {"per_device": 64, "epochs": 2, "score_norm": not keys, **keys}
+            options = {"per_device": per_device, "epochs": 2, "score_norm": not keys, **keys}
             of = ppo(engine, [rewards(**source)], control, lambda step: parts[rank], **options)
             told = [of(step).metrics for step in range(steps)]
             weights = torch.cat([p.detach().flatten() for p in engine.model.parameters()])
@@ -112,8 +114,24 @@ def learned(parts, keys, steps=2, **source):
 def test_two_ranks_learn_what_one_does(keys, cut):
     """Twelve prompts as 12, as 7 and 5, and as 12 and none."""
     asked = prompts(12)
-    [(alone, beta, told)] = learned([asked], keys)
-    first, second = learned([asked[:cut], asked[cut:]], keys)
+    check_equal(learned([asked], keys), learned([asked[:cut], asked[cut:]], keys))
+
+
+@pytest.mark.parametrize("keys", [{}, GRPO], ids=["gae", "grpo"])
+@pytest.mark.parametrize("count", [8, 6])
+def test_two_ranks_share_each_mini_batch_of_one(keys, count):
+    """Several updates a step: of lanes that are full, and of an epoch's last prompts."""
+    asked = prompts(count)
+    parts = [[p for p in asked if p.place % 4 in lanes] for lanes in ((0, 3), (1, 2))]
+    alone, pair = learned([asked], keys, 1, per_device=4), learned(parts, keys, 1, per_device=2)
+    check_equal(alone, pair)
+    updates = 2 * -(-count * keys.get("num_samples", 1) // 4)
+    assert alone[0][2][0]["num_updates"] == updates > 2
+
+
+def check_equal(one, two):
+    """What a rank learned is what two learned together, up to rounding."""
+    [(alone, beta, told)], (first, second) = one, two
     assert torch.equal(first[0], second[0])
     torch.testing.assert_close(first[0], alone, atol=2e-4, rtol=0)
     assert first[1] == second[1] == pytest.approx(beta, rel=1e-4)

@@ -33,7 +33,7 @@ def sampled(plan, asked, rollout=0, of=None):
 
 
 def test_prompts_of_like_length_are_sampled_together_and_come_back_in_order():
-    script, asked = Script(), [Prompt([5] * n, row) for row, n in enumerate((2, 9, 4, 7))]
+    script, asked = Script(), [Prompt([5] * n, row, row) for row, n in enumerate((2, 9, 4, 7))]
     found, sent = sampled(Plan(SAMPLING, num_samples=2, side_by_side=3), asked, of=script)
     assert script.batches == [[9, 9, 7], [7, 4, 4], [2, 2]]
     assert [len(p.ids) for p in found.prompts] == [2, 2, 9, 9, 4, 4, 7, 7]
@@ -49,7 +49,7 @@ def test_prompts_of_like_length_are_sampled_together_and_come_back_in_order():
 def test_what_is_scored_is_text_with_a_name():
     asked = Message("user", "5 and 6?")
     said = Conversation((asked,), "Add.", label=Message("assistant", "11"))
-    [answer] = sampled(Plan(SAMPLING, name="run"), [Prompt([1, 5, 6], 3, said)], 4)[0].answers
+    [answer] = sampled(Plan(SAMPLING, name="run"), [Prompt([1, 5, 6], 3, 0, said)], 4)[0].answers
     # the script answers three tokens with none of its own and the end
     assert answer == Answer(
         "run-4-3-0",
@@ -60,21 +60,23 @@ def test_what_is_scored_is_text_with_a_name():
         num_tokens=4,
         conversation=Conversation((asked, Message("assistant", "")), "Add."),
     )
-    [bare] = sampled(Plan(SAMPLING), [Prompt([1, 5, 6], 3)], 4)[0].answers
+    [bare] = sampled(Plan(SAMPLING), [Prompt([1, 5, 6], 3, 0)], 4)[0].answers
     assert (bare.label, bare.conversation) == ("", None)
 
 
 def test_a_thought_is_apart_from_what_is_said():
     texts = Texts(Numbers(), reads=lambda text: Message("assistant", text[2:], text[:1]))
     said = Conversation((Message("user", "?"),))
-    answer = texts.answer("a", Prompt([5], 0, said), [7, 8, STOP])
+    answer = texts.answer("a", Prompt([5], 0, 0, said), [7, 8, STOP])
     assert answer.conversation.messages[-1] == Message("assistant", "8", "7")
 
 
 def test_seeds_differ_by_run_rollout_row_and_sample_alone():
     def seeds(rows=(0, 1), rollout=0, **keys):
         script = Script()
-        sampled(Plan(SAMPLING, **keys), [Prompt([5] * 3, row) for row in rows], rollout, script)
+        sampled(
+            Plan(SAMPLING, **keys), [Prompt([5] * 3, row, row) for row in rows], rollout, script
+        )
         return script.seeds
 
     first = seeds()
@@ -87,7 +89,7 @@ def test_seeds_differ_by_run_rollout_row_and_sample_alone():
 @pytest.mark.parametrize("flat", [True, False])
 def test_a_batch_of_responses(flat):
     rollout = Rollout(
-        [Prompt([5, 6], 0), Prompt([7], 1), Prompt([8, 9, 10], 2)],
+        [Prompt([5, 6], 0, 0), Prompt([7], 1, 1), Prompt([8, 9, 10], 2, 2)],
         [[3, 4, STOP], [], [11]],
         torch.tensor([True, False, False]),
         [],

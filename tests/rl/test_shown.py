@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,7 +46,8 @@ class Table:
 def reader(lengths, per_device=2, world_size=1, rank=0):
     table = Table(lengths)
     batches = Batches(table.lengths, per_device, 2, world_size, rank, seed=0, order="random")
-    return PromptReader(table, batches)
+    world = replace(CPU, world_size=world_size, rank=rank)
+    return PromptReader(table, batches, per_device * world_size, world)
 
 
 def test_prompts_of_a_step_over_ranks():
@@ -54,11 +56,14 @@ def test_prompts_of_a_step_over_ranks():
     alone = reader(lengths)
     pair = [reader(lengths, per_device=1, world_size=2, rank=rank) for rank in (0, 1)]
     for step in range(5):
-        whole = {(p.row, tuple(p.ids), p.label) for p in alone(step)}
-        parts = [(p.row, tuple(p.ids), p.label) for of in pair for p in of(step)]
+        whole = {(p.row, p.place, tuple(p.ids), p.label) for p in alone(step)}
+        shares = [of(step) for of in pair]
+        parts = [(p.row, p.place, tuple(p.ids), p.label) for share in shares for p in share]
         assert len(parts) == len(whole)
         assert set(parts) == whole
-        assert all(len(ids) == lengths[row] and label == f"{row}." for row, ids, label in whole)
+        assert len(shares[0]) == len(shares[1])
+        assert sorted(place for _, place, _, _ in parts) == list(range(len(parts)))
+        assert all(len(ids) == lengths[row] and label == f"{row}." for row, _, ids, label in whole)
     rows = [prompt.row for step in range(3) for prompt in alone(step)]
     assert sorted(rows) == list(range(10))
     position = alone.batches.state_dict()
