@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+import psutil
 from tiny import build_model, make_model, make_tokenizer
 
 from llmray.model import value_head
@@ -47,6 +48,32 @@ def workers(run):
 
 def actors(run):
     return [m for m in members(run) if m["role"].startswith("reward")]
+
+
+def reward_pids(session_dir, number, timeout=300.0):
+    """The processes of reward actors of a cluster, as soon as so many have loaded their models."""
+    name, deadline = Path(session_dir).name, time.monotonic() + timeout
+    while len(found := [pid for pid, title in _titles(name) if is_loaded_actor(title)]) != number:
+        assert time.monotonic() < deadline, f"{number} reward actors expected, found {found}"
+        time.sleep(0.05)
+    return found
+
+
+def is_loaded_actor(title):
+    return title.startswith("ray::RewardActor") and "__init__" not in title
+
+
+def _titles(session):
+    """Process numbers and titles of the children of a cluster's raylets."""
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if not words or "raylet/raylet" not in words[0] or session not in " ".join(words):
+            continue
+        for child in process.children():
+            try:
+                yield child.pid, " ".join(child.cmdline())
+            except psutil.NoSuchProcess:  # it ends just now
+                continue
 
 
 def logged_step(run):

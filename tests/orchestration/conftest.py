@@ -7,6 +7,7 @@ is touched.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ import yaml
 
 OTHER_NODES = ("127.0.0.2", "127.0.0.3")
 CORES_OF_A_NODE = 2
+SESSION = "SESSION_OF_THE_HEAD"
 # one process less in each group of workers; submitted jobs have it
 WITHOUT_WATCHER = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
@@ -72,10 +74,14 @@ def start_cluster(words, cwd=None, **environ):
 
 @pytest.fixture(scope="module")
 def head(request, ray_home):
-    """A cluster of one node with a dashboard, in the authentication mode `request.param`."""
+    """A cluster of one node with a dashboard, in the authentication mode `request.param`.
+
+    What a process needs in its environment to send jobs there; SESSION is its session directory.
+    """
     words = ["--dashboard", str(CORES_OF_A_NODE)]
     with start_cluster(words, RAY_AUTH_MODE=request.param) as found:
         head = {"RAY_AUTH_MODE": request.param, "RAY_API_SERVER_ADDRESS": f"http://{found[2]}"}
+        head[SESSION] = found[1]
         _wait_for_jobs(head)
         yield head
 
@@ -254,14 +260,20 @@ def launch(ray_home, run_keys, tmp_path_factory, launch_words):
 @pytest.fixture
 def nothing_runs(ray_cluster):
     """Waits until no process of a run is left on the cluster; fails if one stays."""
+    return functools.partial(wait_until_nothing_runs, ray_cluster[1])
 
-    def wait(timeout=300.0):
-        deadline = time.monotonic() + timeout
-        while left := actors(ray_cluster[1]):
-            assert time.monotonic() < deadline, f"still running: {left}"
-            time.sleep(0.1)
 
-    return wait
+@pytest.fixture
+def nothing_runs_on_head(head):
+    """The same on the cluster that takes jobs."""
+    return functools.partial(wait_until_nothing_runs, head[SESSION])
+
+
+def wait_until_nothing_runs(session_dir, timeout=300.0):
+    deadline = time.monotonic() + timeout
+    while left := actors(session_dir):
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.1)
 
 
 def actors(session_dir):

@@ -2,7 +2,8 @@
 
 python start_cluster.py [--dashboard] CORES ADDRESS[=CACHE]...
 
-CACHE is the LLMRAY_CACHE of that node; others have none of their own.
+CACHE is the LLMRAY_CACHE of that node; others have none of their own. All nodes but the head have
+their ADDRESS as the label `place`.
 """
 
 import os
@@ -45,7 +46,7 @@ def main() -> None:
     for other in others:
         address, _, cache = other.partition("=")
         own = {"env_vars": {"LLMRAY_CACHE": cache}} if cache else {}
-        cluster.add_node(**options, node_ip_address=address, **own)
+        cluster.add_node(**options, node_ip_address=address, labels={"place": address}, **own)
     cluster.wait_for_nodes(timeout=120)
     print(cluster.address, cluster.head_node.get_session_dir_path(), cluster.webui_url, flush=True)
     sys.stdin.read()

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray_ppo
 import yaml
 
 pytestmark = pytest.mark.ray
@@ -79,24 +80,43 @@ def test_a_job_trains_on_a_head_that_asks_for_no_token(submit, head, ray_home):
     check_trained(run, ray_home, 1)
 
 
+# long enough for `ray job stop`, which takes seconds to start
+LONG = {"max_steps": 100, "save_steps": 50, "gradient_accumulation_steps": 3}
+PPO = {**ray_ppo.KEYS, "max_steps": 60, "save_steps": 30, "ray_num_workers": 1}
+
+
 @token_only
 def test_a_stopped_job_saves_and_the_same_submission_goes_on(submit, head, ray_home):
-    # long enough for `ray job stop`, which takes seconds to start
-    long = {"max_steps": 100, "save_steps": 50, "gradient_accumulation_steps": 3}
-    run = submit("stopped", "--submission-id", "first", "--runtime-env-json", GRACE, **long)
-    run.wait_for(r"step 2/100")
-    ray_job(head, "stop", "first")
+    stop_and_go_on(submit, head, ray_home, "stopped", LONG)
+
+
+@token_only
+@pytest.mark.slow
+def test_a_stopped_job_of_ppo_leaves_no_actor(
+    submit, head, ray_home, tmp_path, nothing_runs_on_head
+):
+    keys = {**PPO, "reward_model": ray_ppo.make_reward_model(tmp_path / "reward")}
+    stop_and_go_on(submit, head, ray_home, "stopped-ppo", keys, nothing_runs_on_head)
+    nothing_runs_on_head()
+
+
+def stop_and_go_on(submit, head, ray_home, name, keys, after_stop=lambda: None):
+    steps = keys["max_steps"]
+    run = submit(name, "--submission-id", name, "--runtime-env-json", GRACE, **keys)
+    run.wait_for(rf"step 2/{steps}")
+    ray_job(head, "stop", name)
     run.finish()
-    said = ray_job(head, "logs", "first")
-    assert "Job 'first' was stopped" in run.text + ray_job(head, "status", "first")
+    after_stop()
+    said = ray_job(head, "logs", name)
+    assert f"Job '{name}' was stopped" in run.text + ray_job(head, "status", name)
     assert f"stopped by SIGTERM, saved in {run.run_dir}" in said
     assert "kills this job after 3 s" not in said
     stopped = run.log()[-1]["current_steps"]
-    assert 2 <= stopped < 100
+    assert 2 <= stopped < steps
     assert (run.run_dir / f"checkpoint-{stopped}" / "manifest.json").is_file()
-    again = submit("stopped", **long)
-    check_trained(again, ray_home, 100)
-    assert f"step {stopped} of 100, {100 - stopped} steps remain" in again.text
+    again = submit(name, **keys)
+    check_trained(again, ray_home, steps)
+    assert f"step {stopped} of {steps}, {steps - stopped} steps remain" in again.text
     assert "RAY_JOB_STOP_WAIT_TIME_S" in again.text
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import Counter
 
 import ppo_phases
 import pytest
@@ -11,6 +12,7 @@ from llmray.stop_signals import EXIT_CODES
 
 pytestmark = pytest.mark.ray
 
+OTHER_NODES = ("127.0.0.2", "127.0.0.3")  # of conftest: their addresses are their labels
 TWO_ACTORS = {**ray_ppo.KEYS, "reward_num_actors": 2, "reward_batching": "fixed"}
 
 
@@ -46,6 +48,53 @@ def test_roles_lie_as_asked_and_are_shown(undisturbed_ppo):
     idle = [record["idle_reward"] for record in undisturbed_ppo.log() if "beta" in record]
     assert idle
     assert all(0 < share < 1 for share in idle)
+
+
+PLACES = {
+    # on as few nodes as they take, and on as many: more than a strict strategy allows
+    "pack": (
+        {"reward_num_actors": 3, "reward_placement_strategy": "PACK"},
+        {"placement_strategy": "SPREAD"},
+        [1, 2],
+        {1},
+    ),
+    "spread": (
+        {"reward_num_actors": 4, "reward_placement_strategy": "SPREAD"},
+        {"placement_strategy": "PACK"},
+        [1, 1, 2],
+        {1},
+    ),
+    # the three nodes would have one each without the labels
+    "labels": (
+        {
+            "reward_num_actors": 3,
+            "reward_placement_strategy": "SPREAD",
+            "reward_label_selector": {"place": f"in({', '.join(OTHER_NODES)})"},
+        },
+        {"placement_strategy": "PACK"},
+        [1, 2],
+        {2},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLACES)
+def test_actors_are_packed_spread_and_kept_to_labels(name, launch, ray_address, reward_model):
+    """Of each node two cores, of which each actor and each of two workers takes one."""
+    of_actors, of_workers, on_nodes, workers_on_node = PLACES[name]
+    run = launch(
+        f"ppo-{name}",
+        address=ray_address,
+        reward_model=reward_model,
+        **{**TWO_ACTORS, "max_steps": 1, "save_strategy": "no", **of_actors, **of_workers},
+    )
+    assert run.finish() == 0, run.text
+    actors = Counter(member["node_id"] for member in ray_ppo.actors(run))
+    assert sorted(actors.values()) == on_nodes
+    assert set(Counter(m["node_id"] for m in ray_ppo.workers(run)).values()) == workers_on_node
+    if name == "labels":
+        assert {member["address"] for member in ray_ppo.actors(run)} == set(OTHER_NODES)
 
 
 def test_losing_actors_and_a_worker_changes_nothing(
