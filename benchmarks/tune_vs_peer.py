@@ -53,7 +53,11 @@ class Swept:
 def main() -> None:
     """Measure, compare, publish."""
     options = parse()
-    run = run_file(options.model, options.data, options.steps)
+    run = {
+        **run_file(options.model, options.data, options.steps),
+        "per_device_train_batch_size": options.batch,
+        "cutoff_len": options.cutoff,
+    }
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
         grid = ours(run, home / "grid", options)
@@ -180,7 +184,8 @@ def compare(grid: Swept, asha: Swept, theirs: list[Any], options: argparse.Names
     seconds = sum(one.wall for one in theirs) / len(theirs) * count
     eight = count * max(one.peak_mib for one in theirs)
     columns = ["run", "seconds", "sooner", "peak MiB", "of eight peers", "steps", "best eval_loss"]
-    report = Report(f"{count} trials of {options.steps} steps, {options.threads} threads", columns)
+    title = f"{count} trials of {options.steps} steps of {options.batch} x {options.cutoff} tokens"
+    report = Report(f"{title} at most, {options.threads} threads", columns)
     report.rows.append([PEER, f"{seconds:.0f}", "", f"{eight / count:.0f}", "", "", ""])
     for name, one in ((GRID, grid), (ASHA, asha)):
         report.rows.append(
@@ -229,6 +234,8 @@ def parse() -> argparse.Namespace:
             f"--{flag}", default=default, required=default is None, help=f"or {variable}"
         )
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--cutoff", type=int, default=256)
     parser.add_argument("--val-size", type=int, default=8)
     parser.add_argument("--at-once", type=int, default=2, help="trials at a time")
     parser.add_argument("--peer-runs", type=int, default=8, help="of its eight; 2 save time")

@@ -6,14 +6,16 @@ those on machines of their own have other handles, and nothing else changes.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from llmray.arguments import environment
@@ -24,7 +26,7 @@ from llmray.data.conversation import Message
 from llmray.model.attention import causal_lm
 from llmray.rl import held_out, reward_files, rewards, settings
 from llmray.rl.experience import Collector
-from llmray.rl.handles import Handle, InProcess
+from llmray.rl.handles import Desk, Handle, InProcess
 from llmray.rl.pool import Pool
 from llmray.rl.ppo import PpoStep
 from llmray.rl.prompts import PromptReader, prompts_of
@@ -126,21 +128,30 @@ def weighted_rewards(core: Core) -> WeightedRewards:
     elsewhere = core.context.rewards or Elsewhere({}, lambda handle, reason: None, Path.cwd())
     names = arguments.rlhf.reward_models
     weights = arguments.rlhf.reward_weights or (1.0,) * len(names)
+    desk = Desk() if _computes_on_all_cores(core) else None
     sources = []
     for name, short, weight in zip(names, rewards.names_of(names), weights, strict=True):
         slots = arguments.rlhf.reward_num_requests if rewards.kind_of(name) == "api" else 2
         options = settings.pool_options(arguments, slots=slots)
         shared = elsewhere.handles.get(name)
-        handles = shared or [_handle(name, core, elsewhere.folder)]
+        if not shared and desk is not None and rewards.kind_of(name) == "model":
+            options = replace(options, request_timeout_s=math.inf)  # begins when it is waited for
+        handles = shared or [_handle(name, core, elsewhere.folder, desk)]
         pool = Pool(handles, options, rank, elsewhere.on_evict)
         sources.append(Source(short, weight, pool, core.context.world.world_size if shared else 1))
-    return WeightedRewards(sources)
+    return WeightedRewards(sources, desk)
 
 
-def _handle(name: str, core: Core, folder: Path) -> Handle:
+def _computes_on_all_cores(core: Core) -> bool:
+    """Whether torch's operations in this process share its cores; see `Desk`."""
+    return core.context.world.device.type == "cpu" and torch.get_num_threads() > 1
+
+
+def _handle(name: str, core: Core, folder: Path, desk: Desk | None) -> Handle:
     arguments = core.arguments
     if rewards.kind_of(name) == "model":
-        return InProcess(name, reward_model(name, arguments, core.context.model_dir))
+        model = reward_model(name, arguments, core.context.model_dir)
+        return InProcess(name, model, desk=desk)
     return rewards.handle_of(
         name,
         folder=folder,

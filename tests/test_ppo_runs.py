@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +326,28 @@ def test_a_whole_reward_model_and_the_same_as_a_server(
     for one, other in zip(whole, asked, strict=True):
         assert one.get("score") == pytest.approx(other.get("score"), abs=1e-4)
         assert one.get("loss") == pytest.approx(other.get("loss"), abs=1e-3)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_reward_model_shares_the_thread_where_torch_uses_all_cores(
+    num_threads: int,
+    folder: Path,
+    tmp_path: Path,
+    reward_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = []
+    scored = ModelReward.score
+
+    def score(self: ModelReward, answers: Sequence[Answer]) -> list[float]:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return scored(self, answers)
+
+    monkeypatch.setattr(ModelReward, "score", score)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    keys = {"reward_model": str(reward_dir), "reward_model_type": "full"}
+    train(folder, tmp_path / "out", max_steps=1, save_strategy="no", **keys)
+    assert set(threads) == {num_threads == 2}
 
 
 def served(scorer: Scorer) -> Iterator[str]:

@@ -30,6 +30,7 @@ from llmray.model_code import optional_imports
 from llmray.rl import rewards
 from llmray.train import parallel, trackers
 from llmray.train.loop import Progress
+from llmray.train.parallel import World
 
 RUN = {"model_name_or_path": "m", "dataset": "a", "output_dir": "o", "do_train": True}
 
@@ -172,7 +173,7 @@ def token_of_rewards(look: Look) -> object:
     look.patch.setattr(rewards, "RewardApi", lambda address, options: asked.append(options.token))
     keys = {"stage": "ppo", "reward_model": "http://127.0.0.1:1", "reward_model_type": "api"}
     context = SimpleNamespace(
-        world=SimpleNamespace(rank=0, world_size=1), rewards=None, model_dir=look.root
+        world=World.single(torch.device("cpu")), rewards=None, model_dir=look.root
     )
     core = SimpleNamespace(arguments=load(RUN | keys), context=context)
     reinforcement.weighted_rewards(core).close()  # type: ignore[arg-type]

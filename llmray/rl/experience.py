@@ -127,7 +127,7 @@ class Collector:
         with phases.of("logprobs"):
             said = self._ask(sampled, mask_ST)
         with phases.of("waiting"):
-            scores_S, parts = _received(pending, len(sampled.responses))
+            scores_S, parts = _received(self.rewards, pending, len(sampled.responses))
         return Experience(
             rollout=sampled,
             mask_ST=mask_ST,
@@ -172,14 +172,14 @@ class Collector:
 
 
 def _received(
-    pending: Sequence[tuple[Sequence[int], Future[Scored]]], count: int
+    rewards: Rewards, pending: Sequence[tuple[Sequence[int], Future[Scored]]], count: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The scores of `count` responses and of each source, when all are there."""
     scores_S = torch.full((count,), torch.nan)
     parts: dict[str, Tensor] = {}
     for rows, future in pending:
         try:
-            scored = future.result()
+            scored = rewards.wait(future)
         except RewardError:
             for _, other in pending:
                 other.cancel()

@@ -5,6 +5,7 @@ A role that moves to a machine of its own changes its handle, not the loop.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -12,10 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from llmray.data.conversation import Conversation
 from llmray.errors import RewardError
+
+T = TypeVar("T")
 
 
 class HandleLost(RewardError):
@@ -72,6 +75,25 @@ class Scores(Protocol):
         ...
 
 
+class Desk:
+    """Where calls lie that the thread which waits for them makes itself.
+
+    For work that uses all cores by itself. A second thread that computes makes OpenMP's (libgomp's)
+    threads more than there are cores, after which they sleep between any two operations: of a
+    small model's training this took a third (torch 2.13, two cores).
+    """
+
+    def __init__(self) -> None:
+        self._calls: _Calls = SimpleQueue()
+
+    def wait(self, future: Future[T]) -> T:
+        """The result of `future`, making calls until it is there; its error where it fails."""
+        future.add_done_callback(lambda done: self._calls.put(None))
+        while not future.done():
+            _serve(self._calls)
+        return future.result()
+
+
 class InProcess:
     """A handle of an object in this process; its methods run in threads of their own.
 
@@ -81,14 +103,18 @@ class InProcess:
         name: for messages.
         served: what has the methods.
         num_threads: how many calls run at one time.
+        desk: takes the calls in place of threads.
     """
 
-    def __init__(self, name: str, served: Any, num_threads: int = 1) -> None:
+    def __init__(
+        self, name: str, served: Any, num_threads: int = 1, desk: Desk | None = None
+    ) -> None:
         self.name = name
         self.load = 0
-        self.busy_s: float | None = None
+        self.busy_s: float | None = None if desk is None else 0.0
         self._served = served
-        self._calls: _Calls = SimpleQueue()
+        self._calls: _Calls = SimpleQueue() if desk is None else desk._calls
+        num_threads = num_threads if desk is None else 0
         for _ in range(num_threads):
             Thread(target=_serve, args=(self._calls,), name=f"handle-{name}", daemon=True).start()
         self._end = weakref.finalize(self, _end, self._calls, num_threads)
@@ -99,8 +125,20 @@ class InProcess:
         called = getattr(self._served, method, None)
         if called is None and method != "ping":
             raise AttributeError(f"{self.name} has no method {method}")
+        if self.busy_s is not None:
+            called = self._timed(called or (lambda: None))
         self._calls.put((future, called or (lambda: None), args))
         return future
+
+    def _timed(self, called: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return called(*args)
+            finally:
+                self.busy_s = (self.busy_s or 0.0) + time.perf_counter() - began
+
+        return timed
 
     def close(self) -> None:
         """Let the running calls end, and start no more."""

@@ -36,7 +36,7 @@ class PoolOptions:
         batching: of what waits when a handle is free (arrival), or of what was submitted together,
             in its order (fixed), so that nothing depends on when things happen.
         slots: batches that a handle is given at one time, one of which waits for the other.
-        request_timeout_s: without an answer for so long a handle hangs.
+        request_timeout_s: without an answer for so long a handle hangs; may be infinite.
         timeout_s: how long to wait where all handles are gone.
         max_attempts: after so many failures an answer has no score.
         on_error: what then happens: the run fails, the answer is masked (its score is NaN), or it
@@ -449,7 +449,8 @@ class Pool:
         due += [m.next_probe for m in self._members if m.is_out]
         if self._gone_since is not None:
             due.append(self._gone_since + self._options.timeout_s)
-        return max(0.0, min(due) - time.monotonic()) if due else None
+        first = min(due, default=math.inf)
+        return None if math.isinf(first) else max(0.0, first - time.monotonic())
 
     def _count(self, **more: float) -> None:
         added = {name: value + getattr(self._counts, name) for name, value in more.items()}

@@ -14,7 +14,7 @@ from threading import Lock
 from typing import Protocol
 
 from llmray.arguments.rlhf import RewardKind, kind_of, names_of
-from llmray.rl.handles import Answer, Handle, InProcess
+from llmray.rl.handles import Answer, Desk, Handle, InProcess
 from llmray.rl.pool import Pool, PoolCounts, PoolOptions, Reason
 from llmray.rl.reward_api import ApiOptions, RewardApi
 from llmray.rl.reward_function import FunctionReward
@@ -38,6 +38,10 @@ class Rewards(Protocol):
 
     def submit(self, answers: Sequence[Answer]) -> Future[Scored]:
         """Start scoring; the future has the scores, or a `RewardError`."""
+        ...
+
+    def wait(self, future: Future[Scored]) -> Scored:
+        """What `submit` gave, when it is there; raises its `RewardError`."""
         ...
 
     def counts(self) -> PoolCounts:
@@ -83,10 +87,12 @@ class WeightedRewards:
 
     Args:
         sources: at least one; names differ.
+        desk: of those handles that score while their scores are waited for.
     """
 
-    def __init__(self, sources: Sequence[Source]) -> None:
+    def __init__(self, sources: Sequence[Source], desk: Desk | None = None) -> None:
         self._sources = tuple(sources)
+        self._desk = desk
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -112,6 +118,10 @@ class WeightedRewards:
         for future in asked:
             future.add_done_callback(collect)
         return whole
+
+    def wait(self, future: Future[Scored]) -> Scored:
+        """What `submit` gave, when it is there; raises its `RewardError`."""
+        return future.result() if self._desk is None else self._desk.wait(future)
 
     def counts(self) -> PoolCounts:
         """Of all sources together."""

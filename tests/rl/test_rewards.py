@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmray.errors import ArgumentsError, RewardError
-from llmray.rl.handles import Answer, InProcess
+from llmray.rl.handles import Answer, Desk, InProcess
 from llmray.rl.pool import Pool, PoolOptions
 from llmray.rl.reward_api import ApiOptions
 from llmray.rl.reward_function import FunctionReward
@@ -211,3 +211,36 @@ def test_a_closed_handle_starts_no_more_and_one_that_is_dropped_ends_its_threads
     while any(thread.name in names for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_calls_on_a_desk_are_made_by_the_thread_that_waits():
+    desk = Desk()
+    threads = []
+
+    class Model:
+        def score(self, answers):
+            threads.append(threading.current_thread())
+            time.sleep(0.05)
+            if any(answer.response == "xxxx" for answer in answers):
+                raise ValueError("four are too many")
+            return [float(len(answer.response)) for answer in answers]
+
+    # nothing hangs that is merely not waited for yet
+    options = PoolOptions(request_timeout_s=math.inf, batch_tokens=1)
+    handle = InProcess("model", Model(), desk=desk)
+    slow = InProcess("slow", Model(), desk=desk)
+    sources = [Source("a", 1.0, Pool([handle], options)), Source("b", 2.0, Pool([slow], options))]
+    added = WeightedRewards(sources, desk)
+    asked = [added.submit(ANSWERS[:3]), added.submit(ANSWERS[3:4])]
+    time.sleep(0.3)
+    assert not threads
+    assert added.wait(asked[1]).scores == [9.0]
+    assert added.wait(asked[0]).parts == {"a": [0.0, 1.0, 2.0], "b": [0.0, 1.0, 2.0]}
+    assert set(threads) == {threading.current_thread()}
+    # busy is the time in calls, without that until they were waited for
+    busy = added.counts().busy_s
+    assert busy >= 8 * 0.05
+    assert busy == pytest.approx(handle.busy_s + slow.busy_s)
+    with pytest.raises(RewardError, match="four are too many"):
+        added.wait(added.submit(ANSWERS[4:]))
+    added.close()
