@@ -245,18 +245,24 @@ class Pool:
             avoided = self._waiting.pieces[0].avoided
             others = [m for m in free if m.handle is not avoided] or free
             member = min(others, key=lambda m: m.load)
-            self._send(self._next_piece(self._budget(member)), member)
+            budget = self._budget(member)
+            if budget is None:
+                return  # what waits is the share of those who are about to be free
+            self._send(self._next_piece(budget), member)
 
-    def _budget(self, member: _Member) -> int:
+    def _budget(self, member: _Member) -> int | None:
         """Tokens that bring a member to its share of all that is waiting or under way.
 
         By its free slots: what waits for another batch of the same member may yet go elsewhere.
+        None where it has next to all of its share; one that has nothing to do always gets some.
         """
         there = [m for m in self._members if not m.is_out]
         slots, waiting = self._options.slots, self._waiting.tokens
         share = (waiting + sum([m.load for m in there])) / len(there)
         missing = (share - member.load) / self._slots(member)
         least = waiting / (len(there) * slots)
+        if missing < least and member.calls:
+            return None
         return min(self._options.batch_tokens, math.ceil(max(missing, least)))
 
     def _slots(self, member: _Member) -> int:
@@ -269,7 +275,14 @@ class Pool:
             return piece
         tokens, pieces = piece.tokens, self._waiting.pieces
         answers, places = list(piece.answers), list(piece.places)
-        while pieces and not pieces[0].attempts and tokens + pieces[0].tokens <= budget:
+        most = self._options.batch_tokens
+        # to the nearest: were each batch a little short, one member would get all that is left
+        while (
+            pieces
+            and not pieces[0].attempts
+            and tokens + pieces[0].tokens / 2 <= budget
+            and tokens + pieces[0].tokens <= most
+        ):
             following = self._waiting.pop()
             tokens += following.tokens
             answers += following.answers

@@ -161,7 +161,7 @@ class Held(Fake):
 
 
 @pytest.mark.parametrize(
-    ("load", "first", "second"), [(0, [1, 1, 20], [1, 1, 20]), (100, [1, 1, 15], [1, 1, 25])]
+    ("load", "first", "second"), [(0, [1, 1, 21], [1, 1, 19]), (100, [1, 1, 16], [1, 1, 24])]
 )
 def test_a_free_handle_takes_its_share_of_what_waits(pool, load, first, second):
     one, other = Held("one"), Held("other")
@@ -379,3 +379,23 @@ def test_a_handle_may_say_how_long_it_was_busy(pool):
         fake.busy_s = total
         scored(of, answers(1))
         assert of.counts.busy_s == total
+
+
+def test_who_has_its_share_waits_for_those_who_are_about_to_be_free(pool):
+    """None gets more than its share because it was the first to have a free slot again."""
+    one, other = Held("one"), Held("other")
+    made = pool(one, other, batch_tokens=10_000, request_timeout_s=300)
+    before = made.submit(answers(4))
+    wait_for(lambda: len(one.held) + len(other.held) == 4)
+    waiting = made.submit(answers(40))
+    wait_for(lambda: made._waiting.tokens == 400)
+    one.answer()
+    wait_for(lambda: len(one.batches) == 3)
+    one.answer()  # a slot is free again, the share of the other is what still waits
+    wait_for(lambda: made.counts.scored == 2)
+    other.answer()
+    wait_for(lambda: len(other.batches) == 3)
+    assert (one.sizes(), other.sizes()) == ([1, 1, 21], [1, 1, 19])
+    for handle in (one, other, other):
+        handle.answer()
+    assert len(before.result(300) + waiting.result(300)) == 44
