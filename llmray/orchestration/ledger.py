@@ -157,6 +157,34 @@ def resume(run_dir: str, arguments: RunArguments, metric: str) -> dict[str, Entr
     return found
 
 
+def recover(entry: Entry, metric: str, step: int, order: int) -> int:
+    """Take reports that were lost with their workers from the run's own log.
+
+    A checkpoint may be of an update that rank 0 did not come to tell of.
+
+    Args:
+        entry: the trial.
+        metric: a key of trainer_log.jsonl.
+        step: the update from which it goes on.
+        order: of the first of them among the reports of all trials.
+
+    Returns: how many there were.
+    """
+    try:
+        records = records_of(store.read_bytes(store.join(entry.run_dir, LOG_NAME)).decode())
+    except (FileNotFoundError, ValueError):
+        return 0
+    known = max((report.step for report in entry.reports), default=0)
+    lost = [r for r in records if known < r["current_steps"] <= step and metric in r]
+    for number, record in enumerate(lost):
+        value = float(record[metric])
+        report = Report(record["current_steps"], float(record["epoch"]), entry.seconds, value)
+        entry.reports.append(report)
+        entry.orders.append(order + number)
+        entry.metric = value
+    return len(lost)
+
+
 def _adopt(entry: Entry, metric: str) -> None:
     """Take note of an end that came after its driver's."""
     try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from llmray.errors import ClusterError, LlmrayError
@@ -148,6 +148,8 @@ class Slot:
         if isinstance(error, WorkerGroupError):
             failures = error.worker_failures
             return Loss(describe(failures), may_mend=any(is_lost(e) for e in failures.values()))
+        if isinstance(error, RayActorError):
+            return Loss("the process that leads its workers, or its node, is gone")
         if isinstance(error, RayError):
             return Loss(f"{type(error).__name__}: {error}".strip().splitlines()[0])
         return Loss(f"{type(error).__name__}: {error}" if error else "its workers ended")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llmray.arguments.tune import Sweep
 from llmray.errors import LlmrayError, TrainingError
 from llmray.model.mapped import Load
+from llmray.orchestration import ledger
 from llmray.orchestration.board import Job, Message
 from llmray.orchestration.ledger import Entry
 from llmray.orchestration.plan import Placement
@@ -202,6 +203,8 @@ class Sweeping:
         if message.kind == "start":
             step, entry.total_steps = message.content
             entry.forget_after(step)
+            if step:
+                self._order += ledger.recover(entry, self.sweep.metric, step, self._order)
         elif message.kind == "record":
             [record] = message.content
             entry.step = record["current_steps"]

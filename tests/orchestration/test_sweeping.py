@@ -1,6 +1,7 @@
 """The loop of a sweep over slots that train nothing: what starts, goes on, stops and is kept."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -195,6 +196,30 @@ def test_hyperband_trains_paused_trials_on_from_where_they_were(tmp_path, monkey
         assert [step for n, step in site.trained if n == name] == sorted(
             {step for n, step in site.trained if n == name}
         )
+
+
+def test_what_was_lost_on_its_way_to_the_driver_is_read_in_the_trials_own_log(site):
+    """Workers of trial 1 died after the last save, and those of trial 3 after the one of step 4.
+
+    Their logs go on to the last step; of trial 3 it is trained again.
+    """
+    for name, step, values in (("trial_001", 8, (2.5, 1.5)), ("trial_003", 4, (2.25, 1.25))):
+        site.saved[name] = step
+        records = [
+            {"current_steps": at, "total_steps": 8, "epoch": at / 10, "eval_loss": value}
+            for at, value in zip((4, 8), values, strict=True)
+        ]
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        site.directory.joinpath(name).mkdir()
+        site.directory.joinpath(name, "trainer_log.jsonl").write_text(text)
+    site.sweep()
+    assert site.states() == ["done"] * 4
+    whole, half = site.entries["trial_001"], site.entries["trial_003"]
+    assert (whole.metric, [(r.step, r.value) for r in whole.reports]) == (1.5, [(4, 2.5), (8, 1.5)])
+    assert [report.step for report in half.reports] == [4, 5, 6, 7, 8]
+    assert (half.reports[0].value, half.metric) == (2.25, pytest.approx(1.92))
+    orders = [order for entry in site.entries.values() for order in entry.orders]
+    assert len(set(orders)) == len(orders)
 
 
 def test_lost_workers_cost_a_save_interval_and_no_trial(site):
