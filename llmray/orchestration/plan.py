@@ -122,7 +122,10 @@ def place(
     alone = [problem for role in asked for problem in _role_problems(role, inventory)]
     if alone:
         raise ClusterError("\n".join(alone))
-    raise ClusterError(_no_room(_place_workers(arguments, inventory, use_cpu), asked, inventory))
+    workers = _place_workers(arguments, inventory, use_cpu)
+    if arguments.resources_per_worker is None and not workers.uses_gpu:
+        workers = replace(workers, resources={"CPU": 1.0})  # they would do with as little
+    raise ClusterError(_no_room(workers, asked, inventory))
 
 
 def room_beside(placement: Placement, inventory: Inventory, node_ids: Sequence[str]) -> bool:

@@ -224,3 +224,18 @@ def test_dead_address_is_said_before_anything_starts(ray_home, caplog, monkeypat
         pytest.raises(ClusterError, match=r"127.0.0.1:1 cannot be joined: .*`ray start --head`"),
     ):
         cluster.connect(arguments("127.0.0.1:1"))
+
+
+def test_what_ray_starts_is_out_of_reach_of_signals_to_our_group():
+    from ray._private import services
+
+    usual = services.ConsolePopen
+    with cluster._in_a_session_of_their_own():
+        process = services.ConsolePopen(["sleep", "60"])
+    try:
+        assert os.getsid(process.pid) == process.pid != os.getsid(0)
+        assert os.getpgid(process.pid) != os.getpgid(0)
+    finally:
+        process.kill()
+        process.wait()
+    assert services.ConsolePopen is usual

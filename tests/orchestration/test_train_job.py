@@ -113,6 +113,7 @@ def test_without_a_cluster_one_is_started_and_ended(launch, undisturbed):
     assert not any(lives(pid) for pid in pids.values())
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_group_of_a_cluster_of_its_own_saves(launch, undisturbed):
     """Ctrl-C in a terminal and `timeout` send theirs to the group: workers go on until all is
     saved."""

@@ -140,12 +140,11 @@ def test_reward_models_take_their_share_before_trials(tmp_path, given, resources
 
 def test_fewer_cores_than_reward_models_and_one_trial_are_said_first(tmp_path, monkeypatch):
     monkeypatch.setattr(tune_job.train_job, "check_nodes", lambda *words: pytest.fail("too late"))
-    keys = {"resources_per_worker": {"CPU": 1}}
-    found, _ = with_rewards(tmp_path, reward_num_actors=4, **keys)
+    found, _ = with_rewards(tmp_path, reward_num_actors=4)
     with pytest.raises(ClusterError, match=r'needs \{"CPU": 5\} for 1 worker with .* 4 actors of'):
         found._check()
     search = {**SEARCH, "template": {"grid": ["default", "chatml"]}}
-    found, sets = with_rewards(tmp_path, search, reward_num_actors=2, **keys)
+    found, sets = with_rewards(tmp_path, search, reward_num_actors=2)
     assert [one.apart for one in sets] == [" (template=default)", " (template=chatml)"]
     with pytest.raises(ClusterError, match="Trials differ in template, so that each value has"):
         found._check()

@@ -4,14 +4,15 @@ import csv
 import json
 import os
 import re
-import signal
 import sys
 import time
+from signal import SIGINT, SIGKILL, SIGTERM
 
 import psutil
 import pytest
 import yaml
 
+from llmray.stop_signals import EXIT_CODES
 from tests.orchestration.conftest import start_cluster
 
 pytestmark = pytest.mark.ray
@@ -114,7 +115,8 @@ def test_a_trial_that_the_cluster_cannot_hold_is_refused(swept, launch, ray_addr
     assert not run.output_dir.exists()
 
 
-def test_a_signal_to_the_group_of_a_cluster_of_its_own_keeps_trials(launch):
+@pytest.mark.parametrize("how", [SIGTERM, pytest.param(SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_to_the_group_of_a_cluster_of_its_own_keeps_trials(how, launch):
     """As `timeout` and a terminal send it; what the driver started goes on until it has saved."""
     keys = {
         **KEYS,
@@ -124,13 +126,13 @@ def test_a_signal_to_the_group_of_a_cluster_of_its_own_keeps_trials(launch):
         "tune": {"search": {"learning_rate": {"grid": [1e-3, 2e-3]}}, "max_concurrent": 1},
     }
     environ = {"RAY_AUTH_MODE": "disabled"}
-    run = launch("own-cluster", address=None, environ=environ, command="tune", **keys)
+    run = launch(f"own-cluster-{how}", address=None, environ=environ, command="tune", **keys)
     found = Swept(run)
     wait_for_step(found, "trial_001", 2)
     [(_, [pid])] = found.attempts("trial_001")
-    os.killpg(run.process.pid, signal.SIGTERM)
-    assert run.finish() == 143, run.text
-    assert "SIGTERM: trials are saved at their next step border" in run.text
+    os.killpg(run.process.pid, how)
+    assert run.finish() == EXIT_CODES[how.name], run.text
+    assert f"{how.name}: trials are saved at their next step border" in run.text
     assert "Traceback" not in run.text
     assert re.search(r"trial_001 .* waiting", run.text), "the table"
     assert {row["state"] for row in found.rows().values()} == {"waiting"}
@@ -158,12 +160,12 @@ def test_killed_worker_and_killed_driver_cost_no_trial(launch, ray_address, noth
     wait_for_step(found, "trial_001", 5)
     [(_, pids)] = found.attempts("trial_001")
     assert len(pids) == 2
-    os.kill(int(pids[1]), signal.SIGKILL)
+    os.kill(int(pids[1]), SIGKILL)
     run.wait_for(r"trial_001: rank 1 died: its process or node is gone. It goes on")
     wait_for_step(found, "trial_002", 5)
     assert found.attempts("trial_001")[1][0] == 2
     first = (run.run_dir / "trial_001" / "trainer_log.jsonl").stat().st_mtime_ns
-    os.kill(run.process.pid, signal.SIGKILL)
+    os.kill(run.process.pid, SIGKILL)
     run.finish()
     nothing_runs()
 
