@@ -117,7 +117,12 @@ class HyperbandSettings(Timed):
         None, ge=1, description="Where a trial is at its end. Not given: the steps of the run."
     )
     reduction_factor: Float = Field(3, gt=1, description="One of so many trials goes on.")
-    stop_last_trials: bool = Field(True, description="Whether the last ones also end at max_t.")
+    stop_last_trials: bool | None = Field(
+        None,
+        description="Whether the last ones of a bracket end where it compares for the last time, "
+        "at max_t or a little before. Not given: where max_t is less than the run; else they are "
+        "trained to their end.",
+    )
 
 
 class MedianSettings(Timed):

@@ -51,6 +51,9 @@ def settings(scheduler: Scheduler, length: Length) -> dict[str, Any]:
         found.setdefault("max_t", max(end, found["grace_period"]))
     elif scheduler.kind == "hyperband":
         found.setdefault("max_t", max(1, round(end)))
+        # Ray Tune's borders are rounded, the last one too: the best would miss their last steps,
+        # and none that was compared would be trained to its end
+        found.setdefault("stop_last_trials", found["max_t"] < round(end))
     return found
 
 

@@ -49,7 +49,7 @@ def test_hyperband_pauses_trials_and_lets_the_best_go_on_from_their_checkpoints(
     rates = [1e-9, 2e-9, 3e-9, 1e-3, 4e-9, 5e-9, 6e-9, 7e-9]
     tune = {
         "search": {"learning_rate": {"grid": rates}},
-        "scheduler": {"hyperband": {"max_t": 8, "reduction_factor": 3}},
+        "scheduler": {"hyperband": {"reduction_factor": 3}},
     }
     run, found = swept(launch, ray_address, "hyperband", tune)
     states = [found[f"trial_{number:03d}"]["state"] for number in range(1, 9)]
@@ -62,6 +62,7 @@ def test_hyperband_pauses_trials_and_lets_the_best_go_on_from_their_checkpoints(
         number = int(name[-3:])
         assert attempts(run, name) > 1 or number != 4, "nothing was paused and went on"
         assert attempts(run, name) == 1 or number > 3
+    assert "trial_004 *" in run.text, "the best of all is one that was compared"
     assert steps(run, "trial_004")[-1] == 8
 
 

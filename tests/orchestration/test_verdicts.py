@@ -102,6 +102,22 @@ def test_hyperband_pauses_at_a_border_and_lets_the_best_go_on():
     assert not found.is_alive(second[3])
 
 
+def test_hyperband_trains_what_it_kept_to_the_end_though_its_last_border_is_before():
+    """2 * 3 = 6 is the last border of eight steps by thirds."""
+    found = verdicts("hyperband", stop_last_trials=False)
+    names = [f"t{number}" for number in range(8)]
+    for name in names:
+        found.add(name)
+    for value, name in enumerate(names[3:]):
+        found.started(name)
+        found.judge(name, report(2, float(value)))
+    for name in names[3:5]:
+        found.started(name)
+        assert [found.judge(name, report(step, 1.0)) for step in (4, 6, 7)] == ["go on"] * 3
+        found.ended(name)
+    assert set(found.put_out()) == set(names[5:7])
+
+
 def test_hyperband_closes_a_bracket_when_its_last_trial_is_lost():
     found = verdicts("hyperband")
     names = [f"t{number}" for number in range(8)]

@@ -38,6 +38,9 @@ def test_other_schedulers_get_what_they_take():
     assert settings(scheduler("none"), LENGTH) == {}
     assert settings(scheduler("median"), LENGTH)["grace_period"] == 5
     assert settings(scheduler("hyperband"), LENGTH)["max_t"] == 80
+    assert settings(scheduler("hyperband"), LENGTH)["stop_last_trials"] is False
+    given = scheduler({"hyperband": {"max_t": 40}})
+    assert settings(given, LENGTH)["stop_last_trials"] is True
     assert "grace_period" not in settings(scheduler("hyperband"), LENGTH)
 
 
