@@ -29,7 +29,7 @@ KEYS = {
     "reward_request_timeout_s": 200,  # of actors and servers that are stopped for a while
     "reward_timeout_s": 600,
 }
-TWO_ACTORS = {**KEYS, "reward_num_actors": 2, "reward_batching": "fixed"}
+FIXED = {**KEYS, "reward_batching": "fixed"}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def held(launch, ray_address, reward_model, tmp_path):
 
 @pytest.fixture(scope="module")
 def undisturbed_ppo(launch, ray_address, reward_model):
-    run = launch("kills-none", address=ray_address, reward_model=reward_model, **TWO_ACTORS)
+    run = launch("kills-none", address=ray_address, reward_model=reward_model, **FIXED)
     assert run.finish() == 0, run.text
     return run
 
@@ -63,7 +63,7 @@ def check_same(run, other):
 
 def test_killed_actors(held, undisturbed_ppo, nothing_runs, ray_cluster, tmp_path):
     """In scoring the last one dies with what it was asked, and the run waits for both."""
-    run = held("actors", **TWO_ACTORS)
+    run = held("actors", **FIXED, reward_num_actors=2)
     go = ray_ppo.arrived(run, tmp_path, "rollout")
     first, second = ray_ppo.reward_pids(ray_cluster[1], 2)
     os.kill(first, signal.SIGKILL)
@@ -89,7 +89,7 @@ def test_killed_actors(held, undisturbed_ppo, nothing_runs, ray_cluster, tmp_pat
 
 def test_killed_workers(held, undisturbed_ppo, nothing_runs, tmp_path):
     """Each group goes on from the checkpoint before the step; actors stay."""
-    run = held("workers", **TWO_ACTORS)
+    run = held("workers", **FIXED)
     pids = []
     for attempt, phase in enumerate(ppo_phases.PHASES, start=1):
         ray_ppo.arrived(run, tmp_path, phase)
@@ -109,13 +109,13 @@ def test_killed_workers(held, undisturbed_ppo, nothing_runs, tmp_path):
 def test_killed_drivers(held, undisturbed_ppo, nothing_runs, tmp_path):
     """Each ends all of its run in the midst of a phase; the same command goes on."""
     for phase in ppo_phases.PHASES:
-        run = held("drivers", **TWO_ACTORS)
+        run = held("drivers", **FIXED)
         ray_ppo.arrived(run, tmp_path, phase)
         os.kill(run.process.pid, signal.SIGKILL)
         run.finish()
         nothing_runs()
     assert {path.name for path in run.run_dir.glob("checkpoint-*")} == {"checkpoint-1"}
-    run = held("drivers", **TWO_ACTORS)
+    run = held("drivers", **FIXED)
     assert run.finish() == 0, run.text
     assert "checkpoint-1: step 1 of 3" in run.text
     check_same(run, undisturbed_ppo)
@@ -167,7 +167,8 @@ def test_killed_servers(held, reward_model, undisturbed_ppo, nothing_runs, tmp_p
         stack.callback(lambda: server.kill())
         address = f"http://127.0.0.1:{server.port}/v1/score/evaluation"
         keys = {key: value for key, value in KEYS.items() if key != "reward_resources_per_actor"}
-        run = held("servers", **keys, reward_model=address, reward_model_type="api")
+        keys |= {"reward_model": address, "reward_model_type": "api"}
+        run = held("servers", **keys)
         go = ray_ppo.arrived(run, tmp_path, "rollout")
         server.kill_and_start()
         server.wait()
