@@ -110,7 +110,8 @@ def roles_of(sets: Sequence[RewardSet]) -> list[Role]:
             rlhf.reward_num_actors or 1,
             {key: float(v) for key, v in (rlhf.reward_resources_per_actor or {}).items()},
             rlhf.reward_placement_strategy or "PACK",
-            rlhf.reward_label_selector or {},
+            # Ray takes the space in "in(a, b)" for a part of the label
+            {key: "".join(v.split()) for key, v in (rlhf.reward_label_selector or {}).items()},
         )
         for one in sets
         for rlhf in (one.run.rlhf,)

@@ -2,8 +2,11 @@
 
 import pytest
 
+from llmray.arguments import reward_sets
 from llmray.arguments.cluster import ClusterArguments
+from llmray.arguments.loading import load
 from llmray.errors import ClusterError
+from llmray.orchestration import actors
 from llmray.orchestration.plan import (
     Inventory,
     Node,
@@ -187,6 +190,16 @@ def test_actors_spread_and_keep_to_their_labels():
     assert len(set(spread.node_ids)) == 2
     assert set(slow.node_ids) == {"id1", "id2"}
     assert set(other.node_ids) == {"id0"}
+
+
+def test_labels_reach_ray_as_it_reads_them():
+    """To it the space of "in(a, b)" is a part of a label that no node has."""
+    keys = {"model_name_or_path": "m", "dataset": "d", "template": "default", "output_dir": "o"}
+    keys |= {"stage": "ppo", "do_train": True, "use_ray": True, "reward_model_type": "full"}
+    labels = {"kind": "in(L4, T4)", "zone": "!a", "rack": " b "}
+    run = load({**keys, "reward_model": "rm", "reward_label_selector": labels}, environ={})
+    [role] = actors.roles_of(reward_sets.of_run(run))
+    assert role.labels == {"kind": "in(L4,T4)", "zone": "!a", "rack": "b"}
 
 
 @pytest.mark.parametrize(
