@@ -87,26 +87,30 @@ PPO = {**ray_ppo.KEYS, "max_steps": 60, "save_steps": 30, "ray_num_workers": 1}
 
 @token_only
 def test_a_stopped_job_saves_and_the_same_submission_goes_on(submit, head, ray_home):
-    stop_and_go_on(submit, head, ray_home, "stopped", LONG)
+    stopped = stop(submit, head, "stopped", LONG)
+    again = submit("stopped", **LONG)
+    check_trained(again, ray_home, 100)
+    assert f"step {stopped} of 100, {100 - stopped} steps remain" in again.text
+    assert "RAY_JOB_STOP_WAIT_TIME_S" in again.text
 
 
 @token_only
 @pytest.mark.slow
-def test_a_stopped_job_of_ppo_leaves_no_actor(
-    submit, head, ray_home, tmp_path, nothing_runs_on_head
+def test_a_stopped_job_of_ppo_saves_and_leaves_no_actor(
+    submit, head, tmp_path, nothing_runs_on_head
 ):
-    keys = {**PPO, "reward_model": ray_ppo.make_reward_model(tmp_path / "reward")}
-    stop_and_go_on(submit, head, ray_home, "stopped-ppo", keys, nothing_runs_on_head)
+    reward_model = ray_ppo.make_reward_model(tmp_path / "reward")
+    stop(submit, head, "stopped-ppo", {**PPO, "reward_model": reward_model})
     nothing_runs_on_head()
 
 
-def stop_and_go_on(submit, head, ray_home, name, keys, after_stop=lambda: None):
+def stop(submit, head, name, keys):
+    """Submit a run, stop it when it trains, see that it was saved; returns at which step."""
     steps = keys["max_steps"]
     run = submit(name, "--submission-id", name, "--runtime-env-json", GRACE, **keys)
     run.wait_for(rf"step 2/{steps}")
     ray_job(head, "stop", name)
     run.finish()
-    after_stop()
     said = ray_job(head, "logs", name)
     assert f"Job '{name}' was stopped" in run.text + ray_job(head, "status", name)
     assert f"stopped by SIGTERM, saved in {run.run_dir}" in said
@@ -114,10 +118,7 @@ def stop_and_go_on(submit, head, ray_home, name, keys, after_stop=lambda: None):
     stopped = run.log()[-1]["current_steps"]
     assert 2 <= stopped < steps
     assert (run.run_dir / f"checkpoint-{stopped}" / "manifest.json").is_file()
-    again = submit(name, **keys)
-    check_trained(again, ray_home, steps)
-    assert f"step {stopped} of {steps}, {steps - stopped} steps remain" in again.text
-    assert "RAY_JOB_STOP_WAIT_TIME_S" in again.text
+    return stopped
 
 
 @token_only

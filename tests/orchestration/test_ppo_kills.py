@@ -29,7 +29,8 @@ KEYS = {
     "reward_request_timeout_s": 200,  # of actors and servers that are stopped for a while
     "reward_timeout_s": 600,
 }
-FIXED = {**KEYS, "reward_batching": "fixed"}
+# which answers are scored together follows from the number of actors
+FIXED = {**KEYS, "reward_num_actors": 2, "reward_batching": "fixed"}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def check_same(run, other):
 
 def test_killed_actors(held, undisturbed_ppo, nothing_runs, ray_cluster, tmp_path):
     """In scoring the last one dies with what it was asked, and the run waits for both."""
-    run = held("actors", **FIXED, reward_num_actors=2)
+    run = held("actors", **FIXED)
     go = ray_ppo.arrived(run, tmp_path, "rollout")
     first, second = ray_ppo.reward_pids(ray_cluster[1], 2)
     os.kill(first, signal.SIGKILL)
@@ -100,7 +101,9 @@ def test_killed_workers(held, undisturbed_ppo, nothing_runs, tmp_path):
         run.wait_for(f"attempt {attempt + 1}: ")
     assert run.finish() == 0, run.text
     assert pids == [pids[0]] * len(ppo_phases.PHASES)
-    assert run.text.count("checkpoint-1: step 1 of 3") == len(ppo_phases.PHASES)
+    # a line of a group that is killed may be lost with it, one of the last group is not
+    assert "checkpoint-1: step 1 of 3" in run.text
+    assert "checkpoint-2: step 2 of 3" not in run.text
     assert "attempt 6" not in run.text
     check_same(run, undisturbed_ppo)
     nothing_runs()
