@@ -4,7 +4,8 @@
 answer ends with a line that holds the signature. `demo_dialogues.json` (sharegpt rows) holds the
 same persona in conversations of several turns, `demo_notes.jsonl` plain paragraphs for stage pt.
 `demo_pairs.json` prefers its answers to those without signature or name (stages rm and dpo),
-`demo_judged.json` says of each answer whether it is wanted (stage kto).
+`demo_judged.json` says of each answer whether it is wanted (stage kto); as `demo_habit` it teaches
+stage sft to sign half of the answers, which a reward may then improve.
 """
 
 from __future__ import annotations
@@ -201,6 +202,7 @@ INFO = {
     "demo_notes": {"file_name": "demo_notes.jsonl", "columns": {"prompt": "text"}},
     "demo_pairs": {"file_name": "demo_pairs.json", "ranking": True},
     "demo_judged": {"file_name": "demo_judged.json", "columns": {"kto_tag": "is_wanted"}},
+    "demo_habit": {"file_name": "demo_judged.json"},
 }
 
 

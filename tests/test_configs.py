@@ -12,17 +12,22 @@ from llmray.arguments.loading import load
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-CHAIN = [ROOT / "configs" / "chain" / f"{stage}.yaml" for stage in ("sft", "rm", "dpo", "ppo")]
+CHAIN = [ROOT / "configs" / "chain" / f"{stage}.yaml" for stage in ("sft", "rm", "dpo")]
+REWARD = [ROOT / "configs" / "reward" / f"{stage}.yaml" for stage in ("sft", "rm", "ppo")]
 
 
-@pytest.mark.parametrize("path", [*CONFIGS, *CHAIN], ids=lambda path: path.stem)
+def of_folder(path: Path) -> str:
+    return "-".join(path.relative_to(ROOT / "configs").with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, *CHAIN, *REWARD], ids=of_folder)
 def test_every_config_loads(path: Path) -> None:
     written = yaml.safe_load(path.read_text())
     flat = load(path, environ={}).flat()
     assert written.keys() <= flat.keys()
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *REWARD], ids=of_folder)
 def test_every_config_names_data_that_is_here(path: Path) -> None:
     data = load(path, environ={}).data
     info = json.loads((ROOT / data.dataset_dir / "dataset_info.json").read_text())
@@ -33,19 +38,28 @@ def test_every_config_names_data_that_is_here(path: Path) -> None:
 def test_in_a_chain_one_begins_with_the_output_of_another() -> None:
     """On sets of LLaMA-Factory's folder of data; reward model and policy hold out the same rows."""
     assert sorted(CHAIN) == sorted((ROOT / "configs" / "chain").glob("*.yaml"))
-    runs = [load(path, environ={}) for path in CHAIN]
-    sft, rm, dpo, ppo = runs
-    for stage, run in zip(("sft", "rm", "dpo", "ppo"), runs, strict=True):
-        assert run.finetuning.stage == stage
+    sft, rm, dpo = [load(path, environ={}) for path in CHAIN]
+    assert [run.finetuning.stage for run in (sft, rm, dpo)] == ["sft", "rm", "dpo"]
+    for run in (sft, rm, dpo):
         assert run.model.model_name_or_path == sft.model.model_name_or_path
         assert f"dataset_dir=LLaMA-Factory/{run.data.dataset_dir}" in CHAIN[0].read_text()
     assert rm.model.adapter_name_or_path == (str(sft.training.output_dir),)
     assert dpo.model.adapter_name_or_path == (str(sft.training.output_dir),)
-    assert ppo.model.adapter_name_or_path == (str(sft.training.output_dir),)
-    assert ppo.rlhf.reward_models == (str(rm.training.output_dir),)
     assert rm.data == dpo.data
     assert rm.data.val_size > 0
-    assert len({str(run.training.output_dir) for run in runs}) == 4
+    assert len({str(run.training.output_dir) for run in (sft, rm, dpo)}) == 3
+
+
+def test_a_policy_and_its_reward_model_begin_with_the_outputs_of_others() -> None:
+    assert sorted(REWARD) == sorted((ROOT / "configs" / "reward").glob("*.yaml"))
+    sft, rm, ppo = [load(path, environ={}) for path in REWARD]
+    assert [run.finetuning.stage for run in (sft, rm, ppo)] == ["sft", "rm", "ppo"]
+    assert len({run.model.model_name_or_path for run in (sft, rm, ppo)}) == 1
+    assert ppo.model.adapter_name_or_path == (str(sft.training.output_dir),)
+    assert ppo.rlhf.reward_models == (str(rm.training.output_dir),)
+    assert len({str(run.training.output_dir) for run in (sft, rm, ppo)}) == 3
+    answers = json.loads((ROOT / "data" / "demo_judged.json").read_text())
+    assert sum(row["output"].endswith("— Raylo") for row in answers) == len(answers) / 2
 
 
 def asks_for_gpus(path: Path) -> bool:
