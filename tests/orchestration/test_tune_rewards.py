@@ -20,7 +20,7 @@ KEYS = {
     "eval_strategy": "steps",
     "eval_steps": 2,
     "per_device_eval_batch_size": 4,
-    "reward_resources_per_actor": {"CPU": 1},
+    "reward_timeout_s": 600,  # a dead actor is the only one of its set, and imports anew
 }
 TUNE = {
     "search": {
