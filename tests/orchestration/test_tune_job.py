@@ -187,7 +187,7 @@ def test_killed_worker_and_killed_driver_cost_no_trial(launch, ray_address, noth
 def test_killed_node_costs_no_trial(launch, ray_home, tmp_path):
     keys = {
         **KEYS,
-        "gradient_accumulation_steps": 8,
+        "gradient_accumulation_steps": 24,  # seconds from step 5 to the end
         "save_steps": 2,
         "tune": {"search": {"learning_rate": {"grid": [1e-3, 2e-3, 3e-3, 4e-3]}}},
     }
