@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from logging import getLogger
@@ -19,10 +19,12 @@ import torch
 from torch import nn
 
 from llmray.arguments import environment
+from llmray.arguments.data import DataArguments
 from llmray.arguments.run import RunArguments
 from llmray.assembly import Core, Training
 from llmray.data import templates
-from llmray.data.conversation import Message
+from llmray.data.conversation import Conversation, Message
+from llmray.data.tokenizer import renderer
 from llmray.model.attention import causal_lm
 from llmray.rl import held_out, reward_files, rewards, settings
 from llmray.rl.experience import Collector
@@ -183,7 +185,10 @@ def _collector(core: Core, added: WeightedRewards, *, evaluates: bool) -> Collec
     sampling = Sampling.of(arguments, engine.model.model, core.tokenizer)
     plan = settings.plan(arguments, sampling, evaluates=evaluates)
     texts = Texts(
-        core.tokenizer, arguments.generating.skip_special_tokens, _reading(arguments, core)
+        core.tokenizer,
+        arguments.generating.skip_special_tokens,
+        _reading(arguments, core),
+        ending(arguments.data, core.tokenizer, sampling.stop_ids),
     )
     return Collector(
         speaker=engine,
@@ -193,6 +198,29 @@ def _collector(core: Core, added: WeightedRewards, *, evaluates: bool) -> Collec
         pad_id=core.tokenizer.pad_token_id,
         rows=plan.side_by_side,
     )
+
+
+def ending(
+    data_args: DataArguments, tokenizer: Any, stop_ids: Sequence[int]
+) -> tuple[int, str] | None:
+    """The token that ends a response in a run's format, and what is written after it.
+
+    A reward model reads at the last token of what stage rm has shown it, in ChatML a line break
+    after `<|im_end|>`; at any other token its score says nothing. None where no token ends one.
+    """
+    if data_args.template is None and not tokenizer.chat_template:
+        return None
+    word = "word"
+    probe = Conversation((Message("user", "question"), Message("assistant", word)))
+    after = renderer(data_args, tokenizer).turns(probe)[-1].target.rpartition(word)[2]
+    ids = tokenizer.encode(after, add_special_tokens=False)
+    end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+    if end is None:
+        return None
+    rest = tokenizer.decode(
+        ids[end + 1 :], skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    return ids[end], str(rest)
 
 
 def _reading(arguments: RunArguments, core: Core) -> Callable[[str], Message] | None:

@@ -21,15 +21,19 @@ from safetensors.torch import load_file
 from tiny import SIZES, build_model, make_model, make_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from llmray import local
+from llmray import local, reinforcement
 from llmray.arguments.loading import load
+from llmray.data.conversation import Conversation, Message
+from llmray.data.tokenizer import renderer
 from llmray.errors import ArgumentsError, DataError, LlmrayError, ModelError, RewardError
 from llmray.model import fitting, memory, value_head
 from llmray.model.memory import Estimate
 from llmray.rl import reward_files
 from llmray.rl.handles import Answer
+from llmray.rl.prompts import Prompt
 from llmray.rl.reward_model import ModelReward
 from llmray.rl.rewards import Elsewhere
+from llmray.rl.rollout import Texts
 from llmray.serve import reward_server
 from llmray.train import device_memory, feed
 from llmray.train.observers import read_log
@@ -289,6 +293,30 @@ def test_a_reward_model_is_fetched_and_loaded_as_the_policy(
     assert (asked.allow_pickled_weights, asked.double_quantization) == (True, False)
     assert asked.quantization_bit == (4 if kind == "lora" else None)
     assert asked.model_name_or_path == ("base" if kind == "lora" else "org/one")
+
+
+@pytest.mark.parametrize("template", [None, "chatml", "qwen", "llama3", "llama2"])
+def test_a_response_that_ends_is_scored_as_stage_rm_writes_it(
+    template: str | None, folder: Path
+) -> None:
+    """Policy and reward model read the same last token of it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    arguments = load({"model_name_or_path": "any", "template": template}, environ={})
+    turns = renderer(arguments.data, tokenizer).turns(
+        Conversation((Message("user", "Why?"), Message("assistant", "So.")))
+    )
+    source, target = turns[-1].source, turns[-1].target
+    stops = {tokenizer.eos_token_id}
+    found = reinforcement.ending(arguments.data, tokenizer, tuple(stops))
+    if template == "llama3":  # its own token is none of this tokenizer
+        assert found is None
+        return
+    assert found is not None
+    said = Conversation((Message("user", "Why?"),))
+    prompt = Prompt(tokenizer.encode(source, add_special_tokens=False), 0, 0, said)
+    response = [*tokenizer.encode("So.", add_special_tokens=False), found[0]]
+    assert Texts(tokenizer, ending=found).answer("a", prompt, response).text == source + target
+    assert target.endswith("\n") == (template in (None, "chatml", "qwen"))
 
 
 def scorer_of(place: Path, **keys: Any) -> Scorer:

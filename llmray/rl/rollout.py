@@ -129,11 +129,14 @@ class Texts:
         tokenizer: the policy's.
         skips_special: whether special tokens are left out of what people read.
         reads: tells a response's thought from what it says.
+        ending: the token that ends a response of a conversation, and what the format writes after
+            it; a reward model was trained on text that has both.
     """
 
     tokenizer: Any
     skips_special: bool = True
     reads: Callable[[str], Message] | None = None
+    ending: tuple[int, str] | None = None
 
     def answer(self, name: str, prompt: Prompt, response: Sequence[int]) -> Answer:
         """What is scored."""
@@ -146,11 +149,18 @@ class Texts:
             id=name,
             prompt=self._decoded(prompt.ids, self.skips_special),
             response=self._decoded(response, self.skips_special),
-            text=self._decoded(whole, False),
+            text=self._decoded(whole, False) + self._after(prompt, response),
             label=prompt.label,
             num_tokens=len(whole),
             conversation=conversation,
         )
+
+    def _after(self, prompt: Prompt, response: Sequence[int]) -> str:
+        """What the format writes after a response that has ended."""
+        if self.ending is None or prompt.said is None or not response:
+            return ""
+        stop_id, after = self.ending
+        return after if response[-1] == stop_id else ""
 
     def _message(self, response: Sequence[int]) -> Message:
         text = self._decoded(response, True)

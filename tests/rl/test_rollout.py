@@ -71,6 +71,17 @@ def test_a_thought_is_apart_from_what_is_said():
     assert answer.conversation.messages[-1] == Message("assistant", "8", "7")
 
 
+def test_what_the_format_writes_after_a_response_is_scored_with_it():
+    """Where the response has ended, by the format's own token, and the prompt is in the format."""
+    texts = Texts(Numbers(), ending=(STOP, " end"))
+    said = Conversation((Message("user", "?"),))
+    spoken, plain = Prompt([5], 0, 0, said), Prompt([5], 0, 0)
+    assert texts.answer("a", spoken, [7, STOP]).text == f"5 7 {STOP} end"
+    assert texts.answer("a", spoken, [7]).text == "5 7"
+    assert texts.answer("a", spoken, []).text == "5"
+    assert texts.answer("a", plain, [7, STOP]).text == f"5 7 {STOP}"
+
+
 def test_seeds_differ_by_run_rollout_row_and_sample_alone():
     def seeds(rows=(0, 1), rollout=0, **keys):
         script = Script()
