@@ -67,7 +67,9 @@ def main() -> None:
         options.curves.write_text(json.dumps(asdict(recorded)) + "\n")
     elif options.sweep:
         options.curves.write_text(json.dumps(asdict(read(options.sweep))) + "\n")
-    grid = Grid(**json.loads(options.curves.read_text()))
+    told = json.loads(options.curves.read_text())
+    told["curves"] = [[(step, value) for step, value in curve] for curve in told["curves"]]
+    grid = Grid(**told)
     report = Report(
         f"ASHA on {len(grid.curves)} recorded trials of {grid.total_steps} steps",
         ["seed", "choice", grid.metric, "from the grid's best", "steps of the grid's", "holds"],

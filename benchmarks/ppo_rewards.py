@@ -281,6 +281,9 @@ def of_ray(report: Report, scratch: Path, options: argparse.Namespace) -> None:
     for round_ in range(options.rounds):
         home = scratch / f"ray-{round_}"
         ray = {"use_ray": True, "ray_num_workers": 1, "ray_storage_path": str(home / "storage")}
+        # as many threads as the process without Ray has
+        cores = {"CPU": options.threads}
+        ray |= {"resources_per_worker": cores, "reward_resources_per_actor": cores}
         bare = ours({**run, "use_ray": False}, home / "bare", options.threads)
         inside = ours({**run, **ray}, home / "inside", options.threads)
         pairs = zip(inside.step_rates[WARM_UP:], bare.step_rates[WARM_UP:], strict=True)

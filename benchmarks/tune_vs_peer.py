@@ -65,7 +65,7 @@ def main() -> None:
         pairs = list(product(RANKS, RATES))
         theirs = [
             peer(
-                {**run, "lora_rank": rank, "learning_rate": rate},
+                {**run, **evaluating(options), "lora_rank": rank, "learning_rate": rate},
                 home / f"peer-{number}",
                 options.threads,
                 options.peer_python,
@@ -73,6 +73,16 @@ def main() -> None:
             for number, (rank, rate) in enumerate(pairs[: options.peer_runs])
         ]
     compare(grid, asha, theirs, options).publish(options.json)
+
+
+def evaluating(options: argparse.Namespace) -> dict[str, Any]:
+    """What trials are compared by; the peer's user needs it as well."""
+    return {
+        "val_size": options.val_size,
+        "eval_strategy": "steps",
+        "eval_steps": max(1, options.steps // 5),
+        "per_device_eval_batch_size": 4,
+    }
 
 
 def asha_settings(steps: int) -> dict[str, Any]:
@@ -93,10 +103,7 @@ def ours(
         **run,
         "fp32": True,
         "disable_gradient_checkpointing": True,
-        "val_size": options.val_size,
-        "eval_strategy": "steps",
-        "eval_steps": max(1, options.steps // 5),
-        "per_device_eval_batch_size": 4,
+        **evaluating(options),
         "output_dir": str(home / "out"),
         "ray_storage_path": str(home / "saves"),
         "resources_per_worker": {"CPU": options.threads / options.at_once},
@@ -203,8 +210,8 @@ def compare(grid: Swept, asha: Swept, theirs: list[Any], options: argparse.Names
     report.facts = [
         f"The peer's environment: {peer_versions(options.peer_python)}; {len(theirs)} of its "
         f"{count} runs were made, the others count as their mean.",
-        f"{options.at_once} of our trials at a time; they also evaluate {options.val_size} rows "
-        "five times, which the peer's do not.",
+        f"{options.at_once} of our trials at a time; all evaluate {options.val_size} rows five "
+        "times.",
         f"Workers were ready after {grid.starting:.1f} s; between trials {grid.overhead:.1%} of "
         f"the time in them (ASHA: {asha.starting:.1f} s, {asha.overhead:.1%}).",
         *grid.lines,
