@@ -1032,7 +1032,7 @@ def parts_of_ppo(ready: assembly.Training, arguments: Any, patch: pytest.MonkeyP
     """All that the parts of stage ppo are told, and who is asked for scores."""
     pools: list[Any] = []
 
-    def handle(name: str, served: Any, *threads: int) -> tuple[Any, ...]:
+    def handle(name: str, served: Any, *threads: int, **_: Any) -> tuple[Any, ...]:
         return name, served if isinstance(served, tuple) else vars(served), *threads
 
     patch.setattr(reinforcement, "Pool", lambda *words: pools.append(words[:2]))

@@ -2,9 +2,9 @@
 
 import pytest
 
-from llmray import reinforcement
 from llmray.arguments import reward_sets
 from llmray.arguments.loading import load
+from llmray.rl import reward_files
 
 RUN = {
     "model_name_or_path": "m",
@@ -83,7 +83,7 @@ def test_what_makes_a_reward_model_gives_each_value_its_own(key, value, keys):
 
 def test_all_that_a_reward_model_is_loaded_by_decides():
     fetched_by = {"cache_dir", "hf_hub_token", "ms_hub_token", "om_hub_token"}
-    assert set(reinforcement.AS_THE_POLICY) - fetched_by <= set(reward_sets.DECIDE)
+    assert set(reward_files.AS_THE_POLICY) - fetched_by <= set(reward_sets.DECIDE)
 
 
 def test_each_reward_model_is_there_once_in_whatever_combination_runs_name_it():
