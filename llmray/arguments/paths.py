@@ -106,7 +106,7 @@ def absolute(arguments: RunArguments, base: Path, sent: Path | None = None) -> R
         _require_data(flat["dataset_dir"], changed["dataset_dir"], base)
     if isinstance(flat["resume_from_checkpoint"], str):
         changed["resume_from_checkpoint"] = _absolute(flat["resume_from_checkpoint"], base)
-    if arguments.ray_enabled:
+    if arguments.ray_enabled or flat["tune"]:  # trials always run on Ray
         changed["ray_storage_path"] = _absolute(arguments.cluster.storage_path, base)
     if flat["tune"]:
         changed["tune"] = _searched(flat["tune"], starts)

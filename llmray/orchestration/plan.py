@@ -80,6 +80,9 @@ class Placement:
     notes: tuple[str, ...] = ()
     roles: tuple[Role, ...] = ()
 
+    def __str__(self) -> str:
+        return f"{_workers(self.num_workers)} with {_show(self.resources)} each"
+
     @property
     def uses_gpu(self) -> bool:
         """Whether a worker holds a GPU or a part of one."""
@@ -175,9 +178,7 @@ def _place_workers(arguments: ClusterArguments, inventory: Inventory, use_cpu: b
     else:
         resources = {"CPU": _cpu_share(inventory, num_workers, strategy)}
         why = "use_cpu=true" if use_cpu else "the cluster has no GPU"
-        notes.append(
-            f"{why}: {_workers(num_workers)} with {_show(resources)} each (resources_per_worker)"
-        )
+        notes.append(f"{why}: {Placement(num_workers, resources, strategy)} (resources_per_worker)")
     problems = _problems(num_workers, resources, strategy, inventory)
     if problems:
         raise ClusterError("\n".join(problems))
@@ -330,7 +331,7 @@ def _no_room(workers: Placement, roles: Sequence[Role], inventory: Inventory) ->
     as_role = Role("workers", workers.num_workers, workers.resources)
     needed, limits = _needed([*roles, as_role]), inventory.limits
     has = {k: limits.get(k, 0.0) if limits else inventory.total(k) for k in needed}
-    parts = [f"{_workers(workers.num_workers)} with {_show(workers.resources)} each"]
+    parts = [str(workers)]
     parts += [str(role) for role in roles]
     return (
         f"The run needs {_show(needed)} for {', '.join(parts)}; the cluster has {_show(has)}, on "

@@ -149,7 +149,14 @@ class Slot:
             failures = error.worker_failures
             return Loss(describe(failures), may_mend=any(is_lost(e) for e in failures.values()))
         if isinstance(error, RayActorError):
+            if error.actor_init_failed:
+                return Loss(_last_line(error), may_mend=False)
             return Loss("the process that leads its workers, or its node, is gone")
         if isinstance(error, RayError):
             return Loss(f"{type(error).__name__}: {error}".strip().splitlines()[0])
         return Loss(f"{type(error).__name__}: {error}" if error else "its workers ended")
+
+
+def _last_line(error: BaseException) -> str:
+    """Where Ray puts what was raised elsewhere, below the traceback."""
+    return str(error).strip().splitlines()[-1]

@@ -208,6 +208,9 @@ class _Driver:
         self.room = left_beside(placement.roles, self.inventory, self.rewards.node_ids)
 
     def _loop(self, searcher: Searcher) -> Sweeping:
+        placement = self._placement(self.arguments)
+        at_once = self._at_once(placement)
+        log.info("trials at a time: %d, of %s", at_once, placement)
         return Sweeping(
             sweep=self.sweep,
             entries=self.entries,
@@ -216,7 +219,7 @@ class _Driver:
             new_entry=self._new_entry,
             settings_of=self._settings,
             open_slot=self._open_slot,
-            at_once=self._at_once(self._placement(self.arguments)),
+            at_once=at_once,
             max_failures=self.arguments.cluster.ray_max_failures,
             signals=self.signals,
             say=self._say,
@@ -263,6 +266,8 @@ class _Driver:
 
     def _placed(self, arguments: ClusterArguments, use_cpu: bool) -> Placement:
         """Workers beside the reward models, which hold their places or are yet to come."""
+        # a number that is asked for: what one trial leaves of the cluster, others take
+        arguments = arguments.model_copy(update={"ray_num_workers": arguments.num_workers})
         if self.room is not None:
             return place(arguments, self.room, use_cpu=use_cpu)
         return place(arguments, self.inventory, use_cpu=use_cpu, roles=self.roles)

@@ -61,6 +61,12 @@ def test_the_default_storage_path_counts_on_ray_only(tmp_path):
     assert resolved(tmp_path)["ray_storage_path"] is None
 
 
+def test_a_sweep_runs_on_ray_without_any_of_its_keys(tmp_path):
+    search = {"learning_rate": {"grid": [1e-4, 1e-3]}}
+    keys = {"eval_strategy": "steps", "eval_steps": 2, "val_size": 2, "tune": {"search": search}}
+    assert resolved(tmp_path, **keys)["ray_storage_path"] == str(tmp_path / "saves")
+
+
 def test_absolute_paths_are_left_alone(tmp_path):
     once = paths.absolute(load(BASE, environ={}), tmp_path)
     assert paths.absolute(once, Path("/elsewhere")) == once

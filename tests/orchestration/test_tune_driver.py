@@ -62,6 +62,7 @@ def test_trials_at_a_time_follow_from_resources(tmp_path, given, resources, at_o
     found = driver(tmp_path, **given)
     placement = found._placement(found.arguments)
     assert placement.resources == resources
+    assert not any("uses all" in note for note in placement.notes), "other trials take the rest"
     assert found._at_once(placement) == at_once
 
 
