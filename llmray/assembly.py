@@ -301,6 +301,7 @@ def _token_model(
 ) -> TokenModel:
     """The model on its device, tuned as asked for; equal on all ranks."""
     keeps_float32 = _trains_own_weights(arguments)
+    leaves_weights = arguments.finetuning.finetuning_type == "lora"
     loaded = load.load_model(
         context.model_dir,
         arguments.model,
@@ -309,6 +310,7 @@ def _token_model(
         device=context.world.device,
         gradient_checkpointing=not arguments.model.disable_gradient_checkpointing,
         cutoff_len=arguments.data.cutoff_len,
+        is_shared=leaves_weights and context.num_sharing > 1,
     )
     reason = why_not_flat(loaded)
     if reason is not None:

@@ -5,6 +5,7 @@ Where the folder comes from is `hub`'s business; which parameters train is `tuni
 
 from __future__ import annotations
 
+from copy import deepcopy
 from logging import getLogger
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,7 +20,7 @@ from llmray import hub
 from llmray.arguments import derived
 from llmray.arguments.model import ModelArguments
 from llmray.errors import LlmrayError, ModelError
-from llmray.model import embedding, kernels, mapped, pickled, quantize, rope
+from llmray.model import converted, embedding, kernels, mapped, pickled, quantize, rope
 from llmray.model.quiet import quiet
 from llmray.model.recompute import recompute_activations
 from llmray.model_code import optional_imports
@@ -53,6 +54,7 @@ def load_model(
     device: torch.device,
     gradient_checkpointing: bool,
     cutoff_len: int | None = None,
+    is_shared: bool = False,
 ) -> PreTrainedModel:
     """The causal language model of a folder with rows for the run's tokens, in eval mode.
 
@@ -63,6 +65,8 @@ def load_model(
         device: where they go.
         gradient_checkpointing: recompute activations in the backward pass.
         cutoff_len: the longest row in tokens; required where rope_scaling is given.
+        is_shared: others on this node load the same and leave it as it is: what has to be
+            converted on a CPU is converted once.
 
     Raises:
         ModelError: if a file is missing or damaged, or the architecture cannot do what is asked.
@@ -80,7 +84,15 @@ def load_model(
     is_stretched = rope.configure(config, model_args.rope_scaling, cutoff_len, adapters)
     if model_args.trust_remote_code:
         log.warning("trust_remote_code: Python code in %s may run", directory)
-    model = _read(directory, config, model_args, choice.kernel.own, dtype=dtype, device=device)
+
+    def read(folder: Path) -> PreTrainedModel:
+        settings = deepcopy(config)  # which reading may change
+        return _read(folder, settings, model_args, choice.kernel.own, dtype=dtype, device=device)
+
+    if is_shared and device.type == "cpu" and _is_plain(config, model_args):
+        model = read(converted.folder(directory, dtype, read))
+    else:
+        model = read(directory)
     if quantize.is_low_bit(model):  # lies where it was quantised
         quantize.settle(model, dtype)
         model = model.eval()
@@ -155,6 +167,17 @@ def _read(
             return _from_files(directory, config, device, settings | low_bit)
     except (OSError, ValueError, RuntimeError, ImportError, *DAMAGED) as error:
         raise _unreadable(directory, error) from error
+
+
+def _is_plain(config: PretrainedConfig, model_args: ModelArguments) -> bool:
+    """Whether the model is that of its files, weight by weight, and needs no code beside them."""
+    others = (
+        model_args.is_quantized,
+        model_args.train_from_scratch,
+        model_args.trust_remote_code,
+        getattr(config, "quantization_config", None),
+    )
+    return not any(others)
 
 
 def _from_files(

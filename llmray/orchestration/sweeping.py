@@ -24,7 +24,7 @@ from llmray.orchestration.plan import Placement
 from llmray.orchestration.searching import Searcher, Values
 from llmray.orchestration.slots import Slot
 from llmray.orchestration.trial_board import Look
-from llmray.orchestration.verdicts import Report, Verdicts
+from llmray.orchestration.verdicts import Report, Verdict, Verdicts
 from llmray.stop_signals import EXIT_CODES, StopSignals
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ SAY_EVERY_S = 15.0
 END_S = 15.0  # for workers that were let go
 MANY_ALIKE = 3  # trials that fail for one reason before any succeeds: the rest would too
 STOPPED, PAUSED = "stopped early", "paused"
+ENDS: dict[Verdict, str] = {"stop": STOPPED, "pause": PAUSED}
 # why a whole sweep ends, beside signals
 OUT_OF_TIME, ALIKE = "time_budget_s", "failures all alike"
 
@@ -204,7 +205,7 @@ class Sweeping:
             step, entry.total_steps = message.content
             entry.forget_after(step)
             if step:
-                self._order += ledger.recover(entry, self.sweep.metric, step, self._order)
+                self._catch_up(slot, entry, step)
         elif message.kind == "record":
             [record] = message.content
             entry.step = record["current_steps"]
@@ -213,6 +214,19 @@ class Sweeping:
         elif message.kind == "end":
             [metrics] = message.content
             entry.metric = metrics.get(self.sweep.metric, entry.metric)
+
+    def _catch_up(self, slot: Slot, entry: Entry, step: int) -> None:
+        """Take in what the workers before did not come to tell, and let the scheduler judge it."""
+        known = len(entry.reports)
+        self._order += ledger.recover(entry, self.sweep.metric, step, self._order)
+        if self._verdicts is None:
+            return  # the first report of all trials brings those before it
+        for report in entry.reports[known:]:
+            said = self._verdicts.judge(entry.name, report)
+            if said != "go on" and report.step < entry.total_steps:
+                slot.stop(ENDS[said])
+                break
+        self._put_out()
 
     def _require_verdicts(self, entry: Entry, report: Report) -> Verdicts:
         """The scheduler, made at the first report, which says how long an epoch is."""
@@ -260,7 +274,7 @@ class Sweeping:
             return
         said = self._require_verdicts(entry, report).judge(entry.name, report)
         is_last = entry.step >= entry.total_steps
-        reason = {"stop": STOPPED, "pause": PAUSED}.get(said)
+        reason = None if said == "go on" else ENDS[said]
         slot.judge(None if is_last else reason)
         self._put_out()
 

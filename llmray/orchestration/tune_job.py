@@ -64,6 +64,7 @@ from llmray.sweep.scheduling import Length
 from llmray.sweep.trials import (
     Trial,
     run_of,
+    runs_at_ends,
     runs_by_rewards,
     sweep_directory,
     sweep_name,
@@ -173,7 +174,9 @@ class _Driver:
         self.roles = actors.roles_of(sets)
         try:
             placement = self._placement(arguments)
-            for run in runs:  # which may differ in what they need
+            asks = self.sweep.searcher == "optuna"
+            ends = runs_at_ends(arguments, self.sweep) if asks else ()
+            for run in (*runs, *ends):  # which may differ in what they need
                 self._placement(run)
         except ClusterError as error:
             if not (keys := reward_sets.differing(sets)):
@@ -396,6 +399,8 @@ class _Driver:
         found = self._results()
         folder = results.write(self.arguments, self.sweep, found)
         print(report.table(self.sweep, found), flush=True)
+        if told := report.ties(self.sweep, found):
+            log.info("%s", told)
         if results.best_of(self.sweep, found) is not None:
             log.info("results are in %s; train the best again: %s", folder, folder / results.BEST)
 

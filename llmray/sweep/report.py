@@ -33,6 +33,20 @@ def table(sweep: Sweep, results: Sequence[TrialResult]) -> str:
     return aligned(rows)
 
 
+def ties(sweep: Sweep, results: Sequence[TrialResult]) -> str | None:
+    """Which trials are as good as the best, in words; None where there are none."""
+    best = best_of(sweep, results)
+    if best is None:
+        return None
+    alike = [
+        result.trial.name
+        for result in results
+        if result is not best
+        and (result.state, result.value(sweep)) == (best.state, best.value(sweep))
+    ]
+    return f"as good as {best.trial.name}: {', '.join(alike)}" if alike else None
+
+
 def progress(
     sweep: Sweep,
     results: Sequence[TrialResult],

@@ -102,6 +102,11 @@ def runs_by_rewards(base: RunArguments, sweep: Sweep) -> list[RunArguments]:
     return [_laid_over(base, Trial(1, values))[0] for values in points]
 
 
+def runs_at_ends(base: RunArguments, sweep: Sweep) -> list[RunArguments]:
+    """Runs with each end of each range and each choice of a sweep, one at a time."""
+    return [_laid_over(base, Trial(1, values))[0] for _, values in sweep.space.probes()]
+
+
 def _value_at(chosen: Mapping[str, Any], key: str, found: Distribution) -> Any:
     """A value at a point of a grid; of a key that cannot be counted its first end."""
     return chosen[key] if key in chosen else found.ends()[0]

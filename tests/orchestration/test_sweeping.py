@@ -222,6 +222,18 @@ def test_what_was_lost_on_its_way_to_the_driver_is_read_in_the_trials_own_log(si
     assert len(set(orders)) == len(orders)
 
 
+def test_what_was_lost_on_its_way_is_judged_too(site):
+    """The workers of trial 3 died as they had saved step 4 and not told that it was bad."""
+    site.saved["trial_003"] = 4
+    record = {"current_steps": 4, "total_steps": 8, "epoch": 0.4, "eval_loss": 3.5}
+    site.directory.joinpath("trial_003").mkdir()
+    site.directory.joinpath("trial_003", "trainer_log.jsonl").write_text(json.dumps(record) + "\n")
+    site.sweep(at_once=1, scheduler=Scheduler("asha", {"grace_period": 4, "reduction_factor": 2}))
+    assert site.states() == ["done", "done", "stopped", "stopped"]
+    assert site.entries["trial_003"].cause == "asha: eval_loss 3.5 after step 4"
+    assert not [step for name, step in site.trained if name == "trial_003"]
+
+
 def test_lost_workers_cost_a_save_interval_and_no_trial(site):
     site.dies = {"trial_002": 5}
     site.sweep()

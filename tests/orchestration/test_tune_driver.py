@@ -152,6 +152,17 @@ def test_fewer_cores_than_reward_models_and_one_trial_are_said_first(tmp_path, m
     assert not (tmp_path / "saves").exists()
 
 
+@pytest.mark.parametrize("searcher", ["random", "optuna"])
+def test_more_workers_than_there_is_room_for_are_said_first(tmp_path, monkeypatch, searcher):
+    monkeypatch.setattr(tune_job.train_job, "check_nodes", lambda *words: pytest.fail("too late"))
+    workers = {"choice": [1, 2, 5]}
+    search = {"learning_rate": {"uniform": [1e-4, 1e-3]}, "ray_num_workers": workers}
+    tune = {"search": search, "searcher": searcher, "num_samples": 3}
+    found = driver(tmp_path, tune=tune, resources_per_worker={"CPU": 1})
+    with pytest.raises(ClusterError, match=r"needs 5 CPU \(5 workers with 1 each\)"):
+        found._check()
+
+
 def test_a_trial_gets_the_actors_of_its_own_reward_models(tmp_path):
     search = {
         **SEARCH,

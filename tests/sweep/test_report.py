@@ -42,6 +42,18 @@ def test_long_values_are_cut_and_missing_ones_left_empty():
     assert any("q_proj,k_proj,v_proj,o_…  " in line for line in lines)
 
 
+def test_trials_that_are_as_good_as_the_best_are_named():
+    _, found = sweep()
+    ended = trained(found)
+    assert report.ties(found, ended) is None
+    assert report.ties(found, []) is None
+    best = ended[4].curve
+    ended[0] = replace(ended[0], curve=best)
+    ended[5] = replace(ended[5], curve=best)
+    ended[1] = replace(ended[1], curve=best, state="stopped early")
+    assert report.ties(found, ended) == "as good as trial_001: trial_005, trial_006"
+
+
 def test_progress_says_what_ended_what_runs_what_is_best_and_what_is_left():
     """Six trials of 20 steps: 20 + 10 done in 60 s, so 2 s a step; a trial is as long as those that
     ended, 15 steps on average. One runs at 5: 10 steps; three wait: 45. 55 steps are 110 s at the
