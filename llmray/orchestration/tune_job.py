@@ -440,9 +440,14 @@ def described_loads(address: str, loads: Sequence[Load]) -> str:
     largest = {load.directory: load.num_mapped for load in loads if load.num_mapped}
     shared, copied = sum(largest.values()), sum(load.num_bytes - load.num_mapped for load in loads)
     return (
-        f"base weights on {address}: {len(loads)} loads; {shared / 2**20:.0f} MiB mapped once and "
-        f"shared by them, {copied / 2**20:.0f} MiB copied by all together"
+        f"base weights on {address}: {len(loads)} loads; {_mib(shared)} mapped once and "
+        f"shared by them, {_mib(copied)} copied by all together"
     )
+
+
+def _mib(num_bytes: int) -> str:
+    number = num_bytes / 2**20
+    return f"{number:.0f} MiB" if number >= 10 or not number else f"{number:.2f} MiB"
 
 
 def _trial(entry: Entry) -> Trial:

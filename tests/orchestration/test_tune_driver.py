@@ -99,6 +99,9 @@ def test_weights_that_are_mapped_count_once_on_a_node():
         "base weights on 10.0.0.1: 4 loads; 100 MiB mapped once and shared by them, 50 MiB copied "
         "by all together"
     )
+    small = [Load("/m", 60_000, 60_000), Load("/m", 30_000, 0)]
+    told = tune_job.described_loads("10.0.0.1", small)
+    assert "0.06 MiB mapped once and shared by them, 0.03 MiB copied" in told
 
 
 PPO = {

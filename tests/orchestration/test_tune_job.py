@@ -49,6 +49,8 @@ KEYS = {
     "val_size": 8,
     "eval_strategy": "steps",
     "eval_steps": 4,
+    "fp32": False,
+    "bf16": True,  # of files in float32: what all trials need is converted once
 }
 
 
@@ -77,9 +79,10 @@ def test_asha_stops_what_does_not_learn_a_step_after_its_word(swept):
 def test_data_is_tokenized_once_and_workers_stay_warm(swept):
     assert "data: 1 prepared set(s) for 4 trials, 64 rows tokenized" in swept.run.text
     assert "workers: 2 group(s)" in swept.run.text
-    nodes = re.findall(r"(\d+) loads; \S+ MiB mapped once .*, (\d+) MiB copied", swept.run.text)
-    assert sum(int(loads) for loads, _ in nodes) == 4
-    assert {copied for _, copied in nodes} == {"0"}
+    nodes = re.findall(r"(\d+) loads; (\S+) MiB mapped once .*, (\S+) MiB copied", swept.run.text)
+    assert sum(int(loads) for loads, _, _ in nodes) == 4
+    assert {copied for _, _, copied in nodes} == {"0"}
+    assert all(1 < float(mapped) < 5 for _, mapped, _ in nodes), "half of the file's 8 MiB"
     pids = [swept.attempts(f"trial_{number:03d}") for number in range(1, 5)]
     assert [[number for number, _ in found] for found in pids] == [[1]] * 4
     assert len({pid for found in pids for _, ranks in found for pid in ranks}) == 2
