@@ -234,22 +234,21 @@ class RewardApi:
             RewardError: it is not by the contract.
         """
         excerpt = reply.body[:120].decode(errors="replace")
-        if "html" in reply.kind or excerpt.lstrip().startswith("<"):
-            problem = f"answers with a web page ({reply.kind}): {excerpt!r}"
-        else:
-            problem = f"answers with something else: {excerpt!r}"
-            try:
-                found: Any = json.loads(reply.body)
-            except ValueError:
-                found = None
-            scores = found.get("scores") if isinstance(found, dict) else None
-            if isinstance(scores, list):
-                odd = [s for s in scores if isinstance(s, bool) or not isinstance(s, int | float)]
-                if len(scores) == expected and not odd:
-                    return [float(score) for score in scores]
-                problem = f"gave {len(scores)} scores for {expected} texts"
-                if odd:
-                    problem = f"gave {json.dumps(odd[0])[:80]} as a score"
+        problem = f"answers with something else: {excerpt!r}"
+        try:
+            found: Any = json.loads(reply.body)
+        except ValueError:
+            found = None
+            if "html" in reply.kind or excerpt.lstrip().startswith("<"):
+                problem = f"answers with a web page ({reply.kind}): {excerpt!r}"
+        scores = found.get("scores") if isinstance(found, dict) else None
+        if isinstance(scores, list):
+            odd = [s for s in scores if isinstance(s, bool) or not isinstance(s, int | float)]
+            if len(scores) == expected and not odd:
+                return [float(score) for score in scores]
+            problem = f"gave {len(scores)} scores for {expected} texts"
+            if odd:
+                problem = f"gave {json.dumps(odd[0])[:80]} as a score"
         raise RewardError(
             f'reward_model={self._address} {problem}. Required: {{"scores": [...]}}, one number '
             "a text. Correct reward_model, or the server."

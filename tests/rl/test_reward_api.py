@@ -208,6 +208,15 @@ def test_a_score_that_is_no_number_is_left_to_the_pool(server):
     assert second == 1.0
 
 
+def test_an_answer_by_the_contract_counts_whatever_type_it_is_said_to_have(server):
+    """A function of Flask that returns `json.dumps(...)` answers with text/html."""
+    server.replies = [{"kind": "text/html", "body": b' {"scores": [2.0, 1.0]}'}]
+    assert api(server).score(ANSWERS) == [2.0, 1.0]
+    server.replies = [{"kind": "text/html", "body": {"scores": [1.0]}}]
+    with pytest.raises(RewardError, match="gave 1 scores for 2 texts"):
+        api(server).score(ANSWERS)
+
+
 def test_a_redirect_within_the_server_is_followed_with_the_same_request(server):
     server.replies = [{"status": 307, "body": {}, "headers": {"Location": "/other?a=1"}}]
     assert api(server, token="secret").score(ANSWERS) == [3.0, 1.0]
