@@ -136,14 +136,20 @@ def divergence_as_a_loss_has_a_gradient(arguments: RunArguments) -> Iterator[Pro
 
 def fixed_weights_follow_nothing(arguments: RunArguments) -> Iterator[Problem]:
     """A weight of the divergence that stays has no target."""
-    if arguments.rlhf.ppo_kl_control != "fixed":
+    rlhf = arguments.rlhf
+    if rlhf.ppo_kl_control == "fixed":
+        stays, why = "ppo_kl_control", "ppo_kl_control=fixed, which follows nothing"
+        instead = "ppo_kl_control: adaptive"
+    elif rlhf.ppo_init_kl == 0:
+        stays, why = "ppo_init_kl", "ppo_init_kl=0, of which every multiple is 0"
+        instead = "a larger ppo_init_kl"
+    else:
         return
     for key in OF_ADAPTIVE:
         if not _is_default(arguments, key):
             yield Problem(
-                (key, "ppo_kl_control"),
-                f"{given(key, getattr(arguments.rlhf, key))} with ppo_kl_control=fixed, which "
-                f"follows nothing. Remove {key}, or write ppo_kl_control: adaptive.",
+                (key, stays),
+                f"{given(key, getattr(rlhf, key))} with {why}. Remove {key}, or write {instead}.",
             )
 
 

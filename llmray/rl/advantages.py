@@ -18,6 +18,7 @@ from llmray.train.parallel import World
 KlEstimator = Literal["k1", "k2", "k3"]
 
 GROUP_EPSILON = 1e-4  # beside a group's deviation, as in TRL
+LEAST_FACTOR = 0.5  # that the weight of the divergence changes by at once
 VARIANCE_EPSILON = 1e-8  # beside the variance where values are whitened, as in TRL
 
 
@@ -199,7 +200,8 @@ class KlControl:
     """The weight `beta` of the divergence; Resumable.
 
     Adaptive, https://arxiv.org/abs/1909.08593 section 2.2 with TRL's gain:
-    e = clip(kl / target - 1, -0.2, 0.2); beta <- beta * (1 + e * n / horizon). Without `target` it
+    e = clip(kl / target - 1, -0.2, 0.2); beta <- beta * max(1/2, 1 + e * n / horizon). The bound is
+    ours: with more than 5 * horizon responses at once beta would be negative. Without `target` it
     stays as it is.
 
     Args:
@@ -221,7 +223,7 @@ class KlControl:
         """
         if self.target is not None:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.beta *= 1 + error * num_responses / self.horizon
+            self.beta *= max(LEAST_FACTOR, 1 + error * num_responses / self.horizon)
 
     def state_dict(self) -> dict[str, Any]:
         """What changes: beta."""

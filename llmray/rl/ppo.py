@@ -230,7 +230,8 @@ class PpoStep:
                 )
                 if not updates.count:
                     self._check_ratio(done)
-                if self._stops(done):
+                # the first one is always learned from: dropout alone may move it this far
+                if updates.count and self._stops(done):
                     self.engine.drop_gradients()
                     return updates
                 updates.add(done, self.engine.optim_step(advances=False))
@@ -242,7 +243,7 @@ class PpoStep:
         samples, prompts = options.num_samples, found.rollout.prompts
         lanes = options.per_device * options.accumulation * world.world_size
         [total] = world.sum([float(len(prompts))])
-        seed = ((options.seed * 1_000_003 + step) * 1009 + epoch) * 10_007
+        seed = ((options.seed * 1_000_003 + step) * 1009 + epoch) * 10_007 % 2**64
         chosen = dealing.mini_batches(int(total) // samples, samples, lanes, seed).tolist()
         parts: list[list[int]] = [[] for _ in range(-(-int(total) // lanes))]
         valid = found.valid_S.tolist()

@@ -104,8 +104,12 @@ def _num_arguments(name: str, function: Callable[..., Any]) -> int:
         return 2
     for number in (3, 2):
         try:
-            signature.bind(*[[]] * number)
+            bound = signature.bind(*[[]] * number)
         except TypeError:
+            continue
+        *_, last = (signature.parameters[name] for name in bound.arguments)
+        # one that may be left out and is called otherwise is the function's own matter
+        if number == 3 and last.default is not last.empty and last.name != "labels":
             continue
         return number
     raise ArgumentsError(

@@ -265,6 +265,7 @@ CASES = {
     ],
     "fixed_weights_follow_nothing": [
         ({"ppo_kl_control": "fixed", "ppo_target": 3.0}, {"ppo_target": 6.0}, "ppo_target=3"),
+        ({"ppo_init_kl": 0, "ppo_target": 3.0}, {"ppo_init_kl": 0.1}, "of which every multiple"),
         (
             {"ppo_kl_control": "fixed", "ppo_kl_horizon": 3.0},
             {"ppo_kl_control": "adaptive"},

@@ -245,6 +245,14 @@ def test_adaptive_control_brings_a_divergence_to_its_target():
     assert 1.2 / control.beta == pytest.approx(6.0, rel=1e-3)
 
 
+def test_many_responses_at_once_halve_the_weight_at_most():
+    control = KlControl(0.2, target=6.0, horizon=100)
+    control.update(0.0, 512)
+    assert control.beta == 0.1
+    control.update(60.0, 512)
+    assert control.beta == pytest.approx(0.1 * (1 + 0.2 * 5.12))
+
+
 def test_fixed_control_stays():
     control = KlControl(0.3)
     control.update(100.0, 1000)

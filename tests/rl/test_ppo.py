@@ -112,6 +112,25 @@ def test_updates_stop_when_the_policy_has_moved_far_enough():
     assert 1 <= stopped["num_updates"] < 12
 
 
+def test_the_first_mini_batch_is_learned_from_though_dropout_moves_it_far():
+    of = made({}, epochs=2, early_stop_kl=1e-6, checks_ratio=False)
+    exact = of.engine.logprobs
+
+    def noisy(batch, *, entropy=False):
+        found = exact(batch, entropy=entropy)
+        found.logprobs.add_(0.3 * torch.randn_like(found.logprobs))
+        return found
+
+    of.engine.logprobs = noisy
+    [told] = run(of, 1)
+    assert told["num_updates"] == 1
+
+
+def test_the_largest_seed_orders_mini_batches():
+    [told] = run(made({}, epochs=2, seed=2**32 - 1), 1)
+    assert told["num_updates"] == 4
+
+
 def test_masked_answers_are_counted_and_not_learned_from():
     """What a masked answer would have got makes no difference; a score does."""
 

@@ -32,6 +32,10 @@ def module(tmp_path):
         "    @staticmethod\n"
         "    def zero(prompts, responses, labels=()):\n"
         "        return [0.0 for _ in responses]\n"
+        "def scaled(prompts, responses, weight=1.0):\n"
+        "    return [weight * len(response) for response in responses]\n"
+        "def any_number(*texts):\n"
+        "    return [float(len(texts)) for _ in texts[0]]\n"
         "def three(a, b, c, d):\n"
         "    return []\n"
         "value = 3\n"
@@ -47,6 +51,8 @@ def module(tmp_path):
         ("own_rewards:length", [0.0, 1.0, 2.0, 3.0, 4.0]),
         ("own_rewards:right", [0.0, 0.0, 1.0, 0.0, 0.0]),
         ("own_rewards:Rules.zero", [0.0] * 5),
+        ("own_rewards:scaled", [0.0, 1.0, 2.0, 3.0, 4.0]),
+        ("own_rewards:any_number", [3.0] * 5),
     ],
 )
 def test_a_function_by_its_import_path(module, name, expected):
