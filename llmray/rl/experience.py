@@ -66,12 +66,14 @@ class Phases:
 class Experience:
     """A rollout with all that was found out about it, on the host.
 
-    `scores_S` are as given, NaN where masked; `values_ST` is None without a value head.
+    `scores_S` are as given, NaN where masked; `is_scored_S` is false where a reward had no score,
+    also where `reward_error_value` stands for it. `values_ST` is None without a value head.
     """
 
     rollout: Rollout
     mask_ST: Tensor
     scores_S: Tensor  # float32
+    is_scored_S: Tensor
     parts: dict[str, Tensor]  # (S,) of each source
     logprobs_ST: Tensor  # of the policy that sampled, recomputed without dropout
     reference_ST: Tensor
@@ -81,7 +83,7 @@ class Experience:
 
     @property
     def valid_S(self) -> Tensor:
-        """Responses that have a score and a token."""
+        """Responses that are learned from: they have a token, and a score or what stands for it."""
         return self.scores_S.isfinite() & (self.rollout.lengths_S > 0)
 
 
@@ -127,11 +129,12 @@ class Collector:
         with phases.of("logprobs"):
             said = self._ask(sampled, mask_ST)
         with phases.of("waiting"):
-            scores_S, parts = _received(self.rewards, pending, len(sampled.responses))
+            scores_S, is_scored_S, parts = _received(self.rewards, pending, len(sampled.responses))
         return Experience(
             rollout=sampled,
             mask_ST=mask_ST,
             scores_S=scores_S,
+            is_scored_S=is_scored_S,
             parts=parts,
             logprobs_ST=said["logprobs"],
             reference_ST=said["reference"],
@@ -173,9 +176,10 @@ class Collector:
 
 def _received(
     rewards: Rewards, pending: Sequence[tuple[Sequence[int], Future[Scored]]], count: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The scores of `count` responses and of each source, when all are there."""
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The scores of `count` responses, which are scores, and each source's, when all are there."""
     scores_S = torch.full((count,), torch.nan)
+    is_given_S = torch.zeros(count, dtype=torch.bool)
     parts: dict[str, Tensor] = {}
     for rows, future in pending:
         try:
@@ -186,7 +190,8 @@ def _received(
             raise
         index = torch.tensor(rows, dtype=torch.long)
         scores_S[index] = torch.tensor(scored.scores, dtype=torch.float32)
+        is_given_S[index[sorted(scored.given)]] = True
         for name, found in scored.parts.items():
             part_S = parts.setdefault(name, torch.full((count,), torch.nan))
             part_S[index] = torch.tensor(found, dtype=torch.float32)
-    return scores_S, parts
+    return scores_S, scores_S.isfinite() & ~is_given_S, parts

@@ -19,12 +19,14 @@ from llmray.train.parallel import World
 class Judged:
     """A rollout of all ranks in numbers; means over its valid responses where not said otherwise.
 
+    `num_scored` are the valid ones whose score is one, and not `reward_error_value`.
     `kl` is the divergence from the reference, nats, summed over the tokens of a response;
     `entropy` a mean over tokens; `response_length` and `without_eos` are over all responses.
     """
 
     num_responses: float
     num_valid: float
+    num_scored: float
     score: float
     score_deviation: float
     kl: float
@@ -50,11 +52,13 @@ def of_experience(found: Experience, estimator: KlEstimator, world: World) -> Ju
         float(found.mask_ST.sum()),
         float(len(valid_S)),
         float((~found.rollout.ended_S).sum()),
+        float((valid_S & found.is_scored_S).sum()),
     ]
-    kl, entropy, tokens, responses, cut = world.sum(sums)
+    kl, entropy, tokens, responses, cut, scored = world.sum(sums)
     return Judged(
         num_responses=responses,
         num_valid=count,
+        num_scored=scored,
         score=mean,
         score_deviation=math.sqrt(squares / (count - 1)) if count > 1 else 0.0,
         kl=kl / max(1.0, count),
@@ -82,6 +86,7 @@ def together(parts: Sequence[Judged]) -> Judged:
     return Judged(
         num_responses=responses,
         num_valid=valid,
+        num_scored=sum(part.num_scored for part in parts),
         score=score,
         score_deviation=math.sqrt(squares / (valid - 1)) if valid > 1 else 0.0,
         kl=mean("kl", "num_valid", valid),
@@ -94,7 +99,7 @@ def together(parts: Sequence[Judged]) -> Judged:
 def described(judged: Judged) -> dict[str, float]:
     """The figures as they are logged."""
     shown = {name: value for name, value in vars(judged).items() if not name.startswith("num_")}
-    return shown | {"unscored": judged.num_responses - judged.num_valid}
+    return shown | {"unscored": judged.num_responses - judged.num_scored}
 
 
 def of_parts(found: Experience, names: Sequence[str], world: World) -> dict[str, float]:

@@ -25,6 +25,17 @@ class HandleLost(RewardError):
     """The one behind a handle is gone or does not serve; others may take over what it was asked."""
 
 
+class PoolScores(list[float]):
+    """Scores in the order of the answers; `given` are the places of those that are `error_value`.
+
+    At these nothing was scored: each attempt failed.
+    """
+
+    def __init__(self, scores: Sequence[float]) -> None:
+        super().__init__(scores)
+        self.given: set[int] = set()
+
+
 class Handle(Protocol):
     """One that can be called from afar.
 

@@ -39,7 +39,7 @@ def judge(
     for name, prompts in tables.items():
         experience = collector.collect(prompts, 0)
         judged = figures.of_experience(experience, estimator, world)
-        if not judged.num_valid:
+        if not judged.num_scored:
             raise RewardError(
                 f"none of the {judged.num_responses:g} responses to {name} has a score. One at "
                 "least is required: see the warnings above, and mend what scores."

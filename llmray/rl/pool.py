@@ -20,7 +20,7 @@ from threading import Thread
 from typing import Any, Literal
 
 from llmray.errors import RewardError
-from llmray.rl.handles import Answer, Handle, HandleLost
+from llmray.rl.handles import Answer, Handle, HandleLost, PoolScores
 
 log = getLogger("llmray")
 
@@ -69,9 +69,9 @@ class PoolCounts:
 
 @dataclass
 class _Submission:
-    scores: list[float]
+    scores: PoolScores
     left: int
-    future: Future[list[float]]
+    future: Future[PoolScores]
 
 
 @dataclass
@@ -188,17 +188,17 @@ class Pool:
         """How many there are, those that are out too."""
         return len(self._members)
 
-    def submit(self, answers: Sequence[Answer]) -> Future[list[float]]:
+    def submit(self, answers: Sequence[Answer]) -> Future[PoolScores]:
         """Ask for the scores of `answers`; the future has them in order, NaN where masked.
 
         It fails with a `RewardError` where an answer has no score and `on_error` is fail, and where
         all handles were gone for too long.
         """
-        future: Future[list[float]] = Future()
+        future: Future[PoolScores] = Future()
         if not answers:
-            future.set_result([])
+            future.set_result(PoolScores([]))
             return future
-        submission = _Submission([math.nan] * len(answers), len(answers), future)
+        submission = _Submission(PoolScores([math.nan] * len(answers)), len(answers), future)
         places = [(submission, place) for place in range(len(answers))]
         whole = _Piece(list(answers), places)
         self._events.put(lambda: self._waiting.put(self._pieces(whole)))
@@ -375,6 +375,8 @@ class Pool:
         if not place[0].future.done():
             log.warning("answer %s got no score: %s", answer.id, error)
             self._count(failed=1)
+        if options.on_error == "value":
+            place[0].scores.given.add(place[1])
         self._settle(*place, options.error_value if options.on_error == "value" else math.nan)
 
     def _settle(self, submission: _Submission, place: int, score: float) -> None:

@@ -148,11 +148,11 @@ class PpoStep:
         beta, world = self.control.beta, self.engine.world
         with found.phases.of("update"):
             judged = figures.of_experience(found, self.options.kl_estimator, world)
-            if not judged.num_valid:
+            if not judged.num_scored:
                 raise RewardError(
                     f"none of the {judged.num_responses:g} responses of step {step + 1} has a "
-                    "score: all were masked or empty. One at least is required: see the warnings "
-                    "above, and mend what scores."
+                    "score: all were masked, given reward_error_value, or empty. One at least is "
+                    "required: see the warnings above, and mend what scores."
                 )
             given_ST = self._given(found)
             self.control.update(judged.kl, judged.num_valid)

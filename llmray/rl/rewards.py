@@ -14,7 +14,7 @@ from threading import Lock
 from typing import Protocol
 
 from llmray.arguments.rlhf import RewardKind, kind_of, names_of
-from llmray.rl.handles import Answer, Desk, Handle, InProcess
+from llmray.rl.handles import Answer, Desk, Handle, InProcess, PoolScores
 from llmray.rl.pool import Pool, PoolCounts, PoolOptions, Reason
 from llmray.rl.reward_api import ApiOptions, RewardApi
 from llmray.rl.reward_function import FunctionReward
@@ -22,10 +22,14 @@ from llmray.rl.reward_function import FunctionReward
 
 @dataclass(frozen=True)
 class Scored:
-    """The rewards of some answers: their sum, NaN where masked, and each source's by its name."""
+    """The rewards of some answers: their sum, NaN where masked, and each source's by its name.
+
+    `given` are the places where a source had no score and `reward_error_value` stands for it.
+    """
 
     scores: list[float]
     parts: dict[str, list[float]]
+    given: frozenset[int] = frozenset()
 
 
 class Rewards(Protocol):
@@ -105,7 +109,7 @@ class WeightedRewards:
         whole: Future[Scored] = Future()
         lock = Lock()  # pools answer from threads of their own; the last one sums
 
-        def collect(done: Future[list[float]]) -> None:
+        def collect(done: Future[PoolScores]) -> None:
             error = done.exception()
             with lock:
                 if whole.done():
@@ -139,12 +143,13 @@ class WeightedRewards:
         for source in self._sources:
             source.pool.close()
 
-    def _sum(self, scores: list[list[float]]) -> Scored:
+    def _sum(self, scores: list[PoolScores]) -> Scored:
         weights = [source.weight for source in self._sources]
         pairs = zip(*scores, strict=True)
         total = [math.fsum(w * s for w, s in zip(weights, each, strict=True)) for each in pairs]
         parts = zip(self._sources, scores, strict=True)
-        return Scored(total, {source.name: found for source, found in parts})
+        given = frozenset().union(*(each.given for each in scores))
+        return Scored(total, {source.name: list(found) for source, found in parts}, given)
 
 
 def handle_of(reward_model: str, *, folder: Path, api: ApiOptions, num_requests: int = 8) -> Handle:

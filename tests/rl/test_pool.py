@@ -275,6 +275,7 @@ def test_an_answer_without_a_score_is_masked_or_gets_a_value_and_is_counted(pool
     assert found[5] == pytest.approx(expected, nan_ok=True)
     assert found[:5] + found[6:] == [float(i) for i in (*range(5), *range(6, 12))]
     assert (of.counts.failed, of.counts.scored) == (1, 11)
+    assert found.given == ({5} if how == "value" else set())
 
 
 def test_an_answer_is_tried_on_another_handle(pool):

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from toy_policy import SAMPLING, policy, ppo, prompts, rewards, share_of_wanted
+from toy_policy import SAMPLING, collector, policy, ppo, prompts, rewards, share_of_wanted
 
 from llmray.errors import RewardError, TrainingError
+from llmray.rl import held_out
 from llmray.rl.advantages import KlControl, RunningMoments
 from llmray.train.generate import Sampling
 
@@ -159,6 +160,37 @@ def test_without_any_score_the_run_ends():
     of = made({}, [rewards(lambda p, r: [math.nan] * len(r), on_error="mask", max_attempts=1)])
     with pytest.raises(RewardError, match="none of the 16 responses of step 1 has a score"):
         of(0)
+
+
+def test_answers_that_were_given_a_value_have_no_score():
+    """They are learned from, and counted as masked ones are, whichever reward had none."""
+
+    def partly(asked, responses):
+        return [math.nan if r.startswith(("3", "4", "5")) else 0.5 for r in responses]
+
+    seen = []
+    options = {"on_error": "value", "error_value": -2.0, "max_attempts": 1}
+    of = made({}, [rewards(partly, **options), rewards(name="other")])
+    of.show = lambda step, found, kl_S: seen.append(found)
+    [told] = run(of, 1)
+    given = [answer.response.startswith(("3", "4", "5")) for answer in seen[0].rollout.answers]
+    assert told["unscored"] == sum(given) > 0
+    assert seen[0].valid_S.all()
+    share = sum(given) / len(given)
+    assert told["score_share"] == pytest.approx(-2.0 * share + 0.5 * (1 - share))
+
+
+@pytest.mark.parametrize("sources", [1, 2])
+def test_values_in_place_of_every_score_end_the_run(sources):
+    def broken(asked, responses):
+        raise OSError("no route to host")
+
+    asked = [rewards(broken, on_error="value", max_attempts=1), rewards(name="other")][:sources]
+    with pytest.raises(RewardError, match=r"none of the 16 responses .* given reward_error_value"):
+        made({}, asked)(0)
+    engine = policy()
+    with pytest.raises(RewardError, match="none of the 4 responses to eval has a score"):
+        held_out.judge(collector(engine, asked), {"eval": prompts(4)}, "k1", engine.world)
 
 
 def test_a_reward_that_fails_ends_the_run_with_its_row():

@@ -136,6 +136,19 @@ def test_an_answer_that_one_source_masks_is_masked():
     rewards.close()
 
 
+def test_answers_that_one_source_gave_the_value_are_known():
+    rewards = WeightedRewards(
+        [
+            source("one", 1.0, raising, on_error="value", error_value=-1.0, max_attempts=1),
+            source("two", 2.0, lambda p, r: [1.0] * len(r)),
+        ]
+    )
+    found = rewards.submit(ANSWERS).result(300)
+    assert found.scores[3] == -1.0 + 2.0
+    assert found.given == {3}
+    rewards.close()
+
+
 def test_a_source_that_fails_is_the_sums_failure():
     rewards = WeightedRewards(
         [source("one", 1.0, raising), source("two", 1.0, lambda p, r: [0.0] * len(r))]
