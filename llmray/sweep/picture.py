@@ -199,8 +199,7 @@ def _label(value: Any) -> str:
 
 
 def _draw_importance(axes: Any, sweep: Sweep, keys: Sequence[str], lines: Sequence[Line]) -> None:
-    step = min(max(step for step, _ in line.curve) for line in lines)
-    there = [[value for at, value in line.curve if at <= step][-1] for line in lines]
+    step, there = _comparable(lines)
     shares = importance(keys, [line.values for line in lines], there)
     ordered = sorted(shares, key=lambda key: shares[key])
     bars = axes.barh(
@@ -209,6 +208,20 @@ def _draw_importance(axes: Any, sweep: Sweep, keys: Sequence[str], lines: Sequen
     axes.bar_label(bars, [f"{shares[key]:.0%}" for key in ordered], padding=3, fontsize=8)
     axes.set_xlim(0, 1.15)
     axes.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"])
-    axes.set_xlabel(plain(f"variance of {sweep.metric} at step {step}\nexplained by the key alone"))
+    where = "after each trial's last evaluation" if step is None else f"at step {step}"
+    axes.set_xlabel(plain(f"variance of {sweep.metric} {where}\nexplained by the key alone"))
     axes.set_title("importance", fontsize=10)
     axes.grid(alpha=0.3, axis="x")
+
+
+def _comparable(lines: Sequence[Line]) -> tuple[int | None, list[float]]:
+    """The last step that all trials reached, and their metrics there.
+
+    Trials may evaluate at other steps than each other, as with other batch sizes: where one has
+    nothing up to that step, it is None, and each has its last metric.
+    """
+    step = min(max(step for step, _ in line.curve) for line in lines)
+    found = [[value for at, value in line.curve if at <= step] for line in lines]
+    if all(found):
+        return step, [values[-1] for values in found]
+    return None, [line.curve[-1][1] for line in lines]

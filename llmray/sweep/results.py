@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from llmray.sweep import picture
 from llmray.sweep.trials import Trial, run_of, sweep_directory, sweep_name
 from llmray.train.observers import LOG_NAME, records_of
 from llmray.train.plots import Points, curve
+
+log = getLogger("llmray")
 
 State = Literal["waiting", "running", "finished", "stopped early", "out of time", "failed"]
 # states in which a trial does nothing more
@@ -138,8 +141,17 @@ def write(base: RunArguments, sweep: Sweep, results: Sequence[TrialResult]) -> P
     best = best_of(sweep, results)
     if best is not None:
         store.write_atomic(folder / BEST, best_file(base, sweep, best, len(results)))
-        picture.draw(sweep, ranked_columns(sweep, results), folder / PICTURE)
+        _draw(sweep, results, folder / PICTURE)
     return folder
+
+
+def _draw(sweep: Sweep, results: Sequence[TrialResult], path: Path) -> None:
+    try:
+        picture.draw(sweep, ranked_columns(sweep, results), path)
+    except OSError:  # as of the other files
+        raise
+    except Exception as error:  # a boundary: what trials came to is not lost for its picture
+        log.warning("%s is not drawn: %s: %s", path, type(error).__name__, error)
 
 
 def table_of(sweep: Sweep, results: Sequence[TrialResult]) -> str:

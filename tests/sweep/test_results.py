@@ -208,6 +208,34 @@ def test_one_trial_is_drawn_too(figures):
     assert len(drawn(base, found, trained(found), figures)[0].get_lines()) == 1
 
 
+def test_evaluations_may_lie_at_other_steps_in_each_trial(figures):
+    """Ranks 4 evaluate at 320, ranks 8 at 40: the last of each are 3, 3, 3, 1, 1, 1."""
+    base, found = sweep()
+    ended = [
+        replace(r, curve=((320, 3.0),) if r.trial.values["lora_rank"] == 4 else ((40, 1.0),))
+        for r in trained(found)
+    ]
+    shares = drawn(base, found, ended, figures)[2]
+    assert "after each trial's last evaluation" in shares.get_xlabel()
+    widths = dict(
+        zip((t.get_text() for t in shares.get_yticklabels()), shares.patches, strict=True)
+    )
+    assert widths["lora_rank"].get_width() == 1
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch, caplog):
+    base, found = sweep(output_dir=str(tmp_path / "one"))
+
+    def broken(*args):
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(picture, "draw", broken)
+    with caplog.at_level("WARNING", logger="llmray"):
+        folder = results.write(base, found, trained(found))
+    assert {path.name for path in folder.iterdir()} == {"results.csv", "best.yaml"}
+    assert "tune.png is not drawn: IndexError" in caplog.text
+
+
 def test_importance_is_the_share_of_variance_between_values():
     """Metrics 0, 0, 0, 3, 3, 3 by a: all variance lies between a's groups; b's share is chance's.
 
