@@ -147,6 +147,7 @@ def test_a_run_goes_on_after_ctrl_c_and_after_its_driver_was_killed(
     second.wait_for(rf"step {stopped} of 12, {12 - stopped} steps remain")
     while logged_step(second) == stopped:
         look_again(second)
+    stop(second.pids().values())  # else they may reach the end before Ray misses the driver
     second.process.kill()
     second.finish()
     nothing_runs()
