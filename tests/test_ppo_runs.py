@@ -295,6 +295,20 @@ def test_a_reward_model_is_fetched_and_loaded_as_the_policy(
     assert asked.model_name_or_path == ("base" if kind == "lora" else "org/one")
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_an_adapter_has_the_tokens_of_the_run_and_a_whole_model_its_own(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    keys = {"add_tokens": ["wug"], "add_special_tokens": ["<a>", "<b>"], "resize_vocab": True}
+    keys |= {"new_special_tokens_config": "tokens.yaml", "init_special_tokens": "desc_init"}
+    keys |= {"split_special_tokens": True}
+    run = keys_of(folder, tmp_path, **keys, reward_model="org/one", reward_model_type=kind)
+    arguments = load(run, environ={})
+    found = reward_files.run_file("org/one", arguments, "base").flat()
+    expected = keys if kind == "lora" else load({}, environ={}).flat()
+    assert {key: found[key] for key in keys} == {key: expected[key] for key in keys}
+
+
 @pytest.mark.parametrize("template", [None, "chatml", "qwen", "llama3", "llama2"])
 def test_a_response_that_ends_is_scored_as_stage_rm_writes_it(
     template: str | None, folder: Path
@@ -337,6 +351,21 @@ def test_an_adapter_as_reward_model(
     assert [score for _, score in scored] == pytest.approx(alone, abs=1e-5)
     assert log[0]["score"] == pytest.approx(sum(alone[:4]) / 4, abs=1e-5)
     assert all(answer.text.startswith("<|im_start|>user\nSay ") for answer, _ in scored)
+
+
+def test_an_adapter_that_was_trained_with_added_tokens_as_reward_model(
+    folder: Path, tmp_path: Path, scored: list[tuple[Answer, float]]
+) -> None:
+    """The keys that add them stand once in the run, for the policy and for the adapter."""
+    described = tmp_path / "described.yaml"
+    described.write_text('"<c>": a word\n')
+    added = {"add_special_tokens": "<a>,<b>", "add_tokens": "wug", "max_steps": 1}
+    added |= {"new_special_tokens_config": str(described), "init_special_tokens": "desc_init"}
+    adapter = train(folder, tmp_path / "adapter", **added)
+    train(folder, tmp_path / "out", reward_model=str(adapter), save_strategy="no", **added)
+    run = {"template": "chatml", "adapter_name_or_path": str(adapter), **added}
+    alone = scorer_of(folder / "model", **run).score([answer.text for answer, _ in scored])
+    assert [score for _, score in scored] == pytest.approx(alone, abs=1e-5)
 
 
 def test_a_whole_reward_model_and_the_same_as_a_server(

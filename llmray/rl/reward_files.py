@@ -32,6 +32,11 @@ AS_THE_POLICY = (
     *("trust_remote_code", "allow_pickled_weights", "infer_dtype"),
     *("quantization_method", "quantization_type", "double_quantization"),
 )
+# which tokens there are: an adapter was trained on the policy's base with those of its run
+WORDS = (
+    *("add_tokens", "add_special_tokens", "new_special_tokens_config", "init_special_tokens"),
+    *("resize_vocab", "split_special_tokens", "use_fast_tokenizer"),
+)
 
 
 def run_file(
@@ -58,6 +63,7 @@ def run_file(
             "model_name_or_path": base,
             "adapter_name_or_path": [name],
             "quantization_bit": model.quantization_bit,
+            **{key: getattr(model, key) for key in WORDS},
         }
     else:
         keys |= {

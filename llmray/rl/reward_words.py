@@ -84,14 +84,12 @@ def fitted(
     adapters = asked.model.adapter_name_or_path
     place = hub.resolve(adapters[-1], asked.model, kind="adapter") if adapters else model_dir
     theirs = load_tokenizer(model_dir, asked.model)
-    shares = model_dir.resolve() == policy_dir.resolve()
-    if not shares:
-        ours = load_tokenizer(policy_dir, policy.model)
-        shares = _content(theirs) == _content(ours)
+    # also of one folder: each may add tokens of its own
+    ours = load_tokenizer(policy_dir, policy.model)
     known = Known(
         run_file=_run_file(place),
         is_classifier=is_classifier(load_config(model_dir, asked.model)),
-        shares_tokenizer=shares,
+        shares_tokenizer=_content(theirs) == _content(ours),
         has_chat_template=bool(theirs.chat_template),
     )
     found = choose(known, policy.data.template)

@@ -55,6 +55,13 @@ def test_a_tokenizer_of_equal_content_is_shared(policy, tmp_path):
     assert (words, found.data.template) == ("text", "chatml")
 
 
+def test_tokens_that_the_run_adds_make_another_tokenizer_of_the_same_files(policy):
+    """A whole reward model that is the policy's own folder has its tokens alone."""
+    run = asked(policy, add_special_tokens="<a>")
+    assert fitted(asked(policy), run, policy)[1] == "conversation"
+    assert fitted(asked(policy, add_special_tokens="<a>"), run, policy)[1] == "text"
+
+
 def other(folder: Path, *, has_template: bool) -> Path:
     tokenizer = make_tokenizer(folder)
     tokenizer.add_tokens(["wug"])
