@@ -133,8 +133,8 @@ def weighted_rewards(core: Core) -> WeightedRewards:
     desk = Desk() if _computes_on_all_cores(core) else None
     sources = []
     for name, short, weight in zip(names, rewards.names_of(names), weights, strict=True):
-        slots = arguments.rlhf.reward_num_requests if rewards.kind_of(name) == "api" else 2
-        options = settings.pool_options(arguments, slots=slots)
+        of_server = rewards.kind_of(name) == "api"
+        options = settings.pool_options(arguments, of_server=of_server)
         shared = elsewhere.handles.get(name)
         if not shared and desk is not None and rewards.kind_of(name) == "model":
             options = replace(options, request_timeout_s=math.inf)  # begins when it is waited for

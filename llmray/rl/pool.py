@@ -435,7 +435,9 @@ class Pool:
             if member.is_out and now >= member.next_probe:
                 self._probe(member, now)
             elif member.calls and now >= self._deadline(member):
-                self._evict(member, "hung", f"no answer for {options.request_timeout_s:g} s")
+                limit = f"{options.request_timeout_s:g} s"
+                told = f"no answer for {limit}; reward_request_timeout_s gives it more"
+                self._evict(member, "hung", told)
         if not self._waiting.pieces or not all(member.is_out for member in self._members):
             self._gone_since = None
         elif self._gone_since is None:

@@ -29,6 +29,7 @@ log = getLogger("llmray")
 MAX_BODY_BYTES = 64 << 20
 MAX_REDIRECTS = 3
 MAX_PAUSE_S = 30.0  # between two attempts, whatever the server says
+CONNECT_WITHIN_S = 10.0  # or within the time of a request where that is less
 BUSY = {408, 425, 429, 500, 502, 503, 504}  # worth another attempt
 LOCAL = {"localhost", "127.0.0.1", "::1"}
 
@@ -38,7 +39,8 @@ class ApiOptions:
     """How a server is asked; times in seconds.
 
     Attributes:
-        timeout_s: of one request, from connecting to the last byte.
+        timeout_s: of one request, until the last byte of its answer. One that takes longer is not
+            made again: the server may still be at it.
         num_retries: further attempts where the server is busy or not there.
         backoff_s: pause before the first of them; it doubles each time.
         token: sent as a bearer token.
@@ -50,6 +52,11 @@ class ApiOptions:
     backoff_s: float = 0.5
     token: str | None = field(default=None, repr=False)
     model: str = "model"
+
+    @property
+    def longest_s(self) -> float:
+        """Most seconds that all attempts take together, pauses too."""
+        return self.timeout_s + self.num_retries * (self.timeout_s + MAX_PAUSE_S)
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ class RewardApi:
         """The rewards of `answers`, in order; a reward may still be NaN.
 
         Raises:
-            HandleLost: the server is not there, or busy, after all attempts.
+            HandleLost: the server is not there, or busy, after all attempts; or it took too long.
             RewardError: it refuses the request, or does not answer by the contract.
         """
         body = {"model": self._options.model, "messages": [answer.text for answer in answers]}
@@ -111,13 +118,12 @@ class RewardApi:
         Raises:
             HandleLost: it does not.
         """
-        connection = self._connection()
         try:
-            connection.connect()
+            self._connected().close()
         except OSError as error:
             raise HandleLost(f"{self._address}: {error}") from error
-        finally:
-            connection.close()
+        except _Busy as busy:
+            raise HandleLost(f"{self._address} {busy}") from busy
 
     def _attempts(self, body: bytes) -> _Reply:
         options = self._options
@@ -184,7 +190,7 @@ class RewardApi:
                 # it may have been closed by the server while it was idle
                 with suppress(http.client.RemoteDisconnected, ConnectionError):
                     return self._exchange(kept, path, body)
-            connection = self._local.connection = self._connection()
+            connection = self._local.connection = self._connected()
             return self._exchange(connection, path, body)
         except ssl.SSLCertVerificationError as error:
             raise RewardError(
@@ -193,7 +199,10 @@ class RewardApi:
                 "the address."
             ) from error
         except TimeoutError as error:
-            raise _Busy(f"gave no whole answer in {self._options.timeout_s:g} s") from error
+            raise HandleLost(
+                f"{self._address} gave no whole answer in {self._options.timeout_s:g} s, which is "
+                "reward_request_timeout_s"
+            ) from error
         except (OSError, http.client.HTTPException) as error:
             raise _Busy(f"cannot be reached ({error or type(error).__name__})") from error
 
@@ -220,12 +229,20 @@ class RewardApi:
             retry_after=response.headers.get("Retry-After"),
         )
 
-    def _connection(self) -> http.client.HTTPConnection:
-        host, port, timeout = self._at.hostname, self._at.port, self._options.timeout_s
+    def _connected(self) -> http.client.HTTPConnection:
+        host, port = self._at.hostname, self._at.port
         assert host is not None, "the address was parsed"
+        limit = min(self._options.timeout_s, CONNECT_WITHIN_S)
+        connection = http.client.HTTPConnection(host, port, timeout=limit)
         if self._tls is not None:
-            return http.client.HTTPSConnection(host, port, timeout=timeout, context=self._tls)
-        return http.client.HTTPConnection(host, port, timeout=timeout)
+            connection = http.client.HTTPSConnection(host, port, timeout=limit, context=self._tls)
+        try:
+            connection.connect()
+        except TimeoutError as error:
+            raise _Busy(f"took no connection in {limit:g} s") from error
+        connection.timeout = self._options.timeout_s
+        connection.sock.settimeout(connection.timeout)
+        return connection
 
     def _scores(self, reply: _Reply, expected: int) -> list[float]:
         """The scores in a reply.

@@ -72,14 +72,21 @@ def plan(arguments: RunArguments, sampling: Sampling, *, evaluates: bool = False
     return replace(made, num_samples=1, name="eval") if evaluates else made
 
 
-def pool_options(arguments: RunArguments, *, slots: int = 2) -> PoolOptions:
-    """How a pool of reward models works; `slots` are batches that each is given at one time."""
+def pool_options(arguments: RunArguments, *, of_server: bool = False) -> PoolOptions:
+    """How a pool of reward models works, or one of a reward server.
+
+    A server's client has the time limit of a request, and asks several times; the pool's own is
+    behind that.
+    """
     rlhf = arguments.rlhf
+    slots, limit = 2, rlhf.reward_request_timeout_s
+    if of_server:
+        slots, limit = rlhf.reward_num_requests, api_options(arguments, None).longest_s
     return PoolOptions(
         batch_tokens=rlhf.reward_batch_tokens,
         batching=rlhf.reward_batching,
         slots=slots,
-        request_timeout_s=rlhf.reward_request_timeout_s,
+        request_timeout_s=limit,
         timeout_s=rlhf.reward_timeout_s,
         on_error=rlhf.reward_error,
         error_value=rlhf.reward_error_value,
@@ -87,11 +94,10 @@ def pool_options(arguments: RunArguments, *, slots: int = 2) -> PoolOptions:
 
 
 def api_options(arguments: RunArguments, token: str | None) -> ApiOptions:
-    """How a reward server is asked; all its attempts fit into reward_request_timeout_s."""
+    """How a reward server is asked; each request may take reward_request_timeout_s."""
     rlhf = arguments.rlhf
-    attempts = rlhf.reward_num_retries + 1
     return ApiOptions(
-        timeout_s=rlhf.reward_request_timeout_s / attempts,
+        timeout_s=rlhf.reward_request_timeout_s,
         num_retries=rlhf.reward_num_retries,
         token=token,
     )

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from llmray.errors import ArgumentsError, RewardError
+from llmray.rl import reward_api
 from llmray.rl.handles import Answer, HandleLost
 from llmray.rl.reward_api import ApiOptions, RewardApi
 
@@ -165,6 +166,32 @@ def test_a_slow_server_runs_into_the_time_limit(server, slow):
     with pytest.raises(HandleLost, match=r"no whole answer in 0\.5 s"):
         api(server, num_retries=0).score(ANSWERS)
     assert time.perf_counter() - started < 0.9
+
+
+def test_what_takes_too_long_is_not_asked_for_again_and_the_key_is_named(server):
+    """The server may still be at it; who asks again makes it slower."""
+    server.replies = [lambda handler: time.sleep(1.0)]
+    with pytest.raises(HandleLost, match=r"no whole answer in 0\.5 s.* reward_request_timeout_s"):
+        api(server).score(ANSWERS)
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_takes_no_connection_is_tried_again_and_not_waited_for_long(monkeypatch):
+    """A queue of one that is full, to which Linux answers nothing."""
+    monkeypatch.setattr(reward_api, "CONNECT_WITHIN_S", 0.2)
+    with socket.socket() as full, socket.socket() as first, socket.socket() as second:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for waiting in (first, second):
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        of = RewardApi(f"http://127.0.0.1:{full.getsockname()[1]}/", ApiOptions(num_retries=1))
+        started = time.perf_counter()
+        with pytest.raises(HandleLost, match=r"no connection in 0\.2 s, 2 times in a row"):
+            of.score(ANSWERS)
+        with pytest.raises(HandleLost, match=r"no connection in 0\.2 s"):
+            of.ping()
+        assert 0.6 < time.perf_counter() - started < 30
 
 
 @pytest.mark.parametrize(

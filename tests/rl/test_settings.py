@@ -68,13 +68,22 @@ def seen(of):
         ("reward_batching", "fixed", "pool", "batching", "fixed"),
         ("reward_batch_tokens", 100, "pool", "batch_tokens", 100),
         ("reward_num_retries", 1, "api", "num_retries", 1),
-        ("reward_request_timeout_s", 5, "api", "timeout_s", 1.0),
+        ("reward_request_timeout_s", 5, "api", "timeout_s", 5.0),
         ("reward_model", "a, b:c,", "models", "names", ("a", "b:c")),
     ],
 )
 def test_a_key_reaches_its_part(key, value, part, field, expected):
     found, default = seen(arguments(**{key: value})), seen(arguments())
     assert found[part][field] == expected != default[part][field]
+
+
+def test_a_pool_waits_longer_for_a_server_than_all_attempts_of_its_client_take():
+    """Three requests of 5 s, and two pauses of 30 s at most: 75 s."""
+    of = arguments(reward_request_timeout_s=5, reward_num_retries=2, reward_num_requests=3)
+    pool = settings.pool_options(of, of_server=True)
+    assert (pool.request_timeout_s, pool.slots) == (75.0, 3)
+    assert settings.pool_options(of).request_timeout_s == 5.0
+    assert settings.pool_options(of).slots == 2
 
 
 def test_defaults_are_those_of_trl_where_it_has_them():
