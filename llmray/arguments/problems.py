@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,6 +18,8 @@ from pydantic_core import ErrorDetails
 from llmray.errors import ArgumentsError
 
 LONGEST_VALUE = 60
+# Unicode's categories of control characters, line ends, halves of pairs, and what is no character
+NO_TEXT = ("Cc", "Zl", "Zp", "Cs", "Cn")
 
 KINDS: dict[frozenset[Any], str] = {
     frozenset({bool}): "true or false",
@@ -64,7 +67,7 @@ def raise_all(problems: Sequence[Problem], source: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value as a run file would write it, shortened."""
+    """A value as a run file would write it, in one line, shortened."""
     if isinstance(value, SecretStr):
         return "(hidden)"
     if isinstance(value, str):
@@ -72,7 +75,15 @@ def shown(value: Any) -> str:
     else:
         plain = list(value) if isinstance(value, tuple) else value
         text = json.dumps(plain, default=str, ensure_ascii=False)
+    text = one_line(text)
     return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"
+
+
+def one_line(text: str) -> str:
+    """The text with line ends, and what else no file of text may hold, escaped as JSON does."""
+    return "".join(
+        json.dumps(sign)[1:-1] if unicodedata.category(sign) in NO_TEXT else sign for sign in text
+    )
 
 
 def given(key: str, value: Any, field: FieldInfo | None = None) -> str:

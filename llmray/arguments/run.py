@@ -47,7 +47,20 @@ FIELDS: dict[str, FieldInfo] = {
 GROUP_OF: dict[str, str] = {
     key: name for name, group in GROUPS.items() for key in group.model_fields
 }
+UNICODE_LINE_ENDS = frozenset("\x85\u2028\u2029")
 DEFAULTS: dict[str, Any] = {key: field.get_default() for key, field in FIELDS.items()}
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML in which no text loses the line ends of Unicode: PyYAML writes them bare, as folds."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if UNICODE_LINE_ENDS.intersection(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
 
 
 class RunArguments(BaseModel):
@@ -102,7 +115,9 @@ class RunArguments(BaseModel):
             if leave_out_defaults:
                 lines = {k: value for k, value in lines.items() if value != as_plain(DEFAULTS[k])}
             if lines:
-                text = yaml.safe_dump(lines, sort_keys=False, allow_unicode=True, width=100)
+                text = yaml.dump(
+                    lines, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
+                )
                 parts.append(f"# {name}\n{text}")
         return "\n".join(parts)
 

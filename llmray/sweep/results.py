@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from llmray import store
 from llmray.arguments.loading import replace
+from llmray.arguments.problems import one_line
 from llmray.arguments.run import RunArguments
 from llmray.arguments.tune import Sweep
 from llmray.errors import TrainingError
@@ -197,7 +198,8 @@ def best_file(base: RunArguments, sweep: Sweep, best: TrialResult, num_trials: i
         keys["run_name"] = name
     if base.tracking.logging_dir is not None:
         keys["logging_dir"] = store.join(base.tracking.logging_dir, "best")
-    values = ", ".join(f"{key}={_cell(best.trial.values, key)}" for key in best.trial.values)
+    told = {key: _cell(best.trial.values, key) for key in best.trial.values}
+    values = one_line(", ".join(f"{key}={value}" for key, value in told.items()))
     remark = "" if best.state == "finished" else f" It was {best.state}: trained on, it differs."
     return (
         f"# The best of {num_trials} trials is {best.trial.name}: {values}\n"

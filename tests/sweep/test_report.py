@@ -42,6 +42,17 @@ def test_long_values_are_cut_and_missing_ones_left_empty():
     assert any("q_proj,k_proj,v_proj,o_…  " in line for line in lines)
 
 
+def test_a_text_of_several_lines_is_one_cell():
+    texts = ["one\ntwo\u2028three", ["a\x85b"]]
+    _, found = sweep({"search": {"default_system": {"choice": texts}}})
+    lines = report.table(found, trained(found)).splitlines()
+    assert len(lines) == 3
+    assert sorted(line.split("  ")[1].strip() for line in lines[1:]) == [
+        r'["a\u0085b"]',
+        r"one\ntwo\u2028three",
+    ]
+
+
 def test_trials_that_are_as_good_as_the_best_are_named():
     _, found = sweep()
     ended = trained(found)

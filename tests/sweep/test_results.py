@@ -115,6 +115,26 @@ def test_the_best_run_file_trains_the_best_trial_again(tmp_path):
     assert "stopped" not in text
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Line one\nAnswer in French.",
+        "Line one\nlearning_rate: 9",
+        "a\r\nb",
+        "a\x85learning_rate: 9",
+        "a\u2028learning_rate: 9",
+        "bell \x07",
+        "joy \U0001f602\nof two lines",
+    ],
+)
+def test_the_best_run_file_bears_texts_of_several_lines(tmp_path, text):
+    search = {"default_system": {"choice": [text]}}
+    base, found = sweep({"search": search}, output_dir=str(tmp_path / "one"))
+    run = load(results.write(base, found, trained(found)) / "best.yaml", environ={})
+    assert run.data.default_system == text
+    assert run.flat()["learning_rate"] == base.flat()["learning_rate"]
+
+
 def test_the_best_of_trials_that_were_stopped_says_so(tmp_path):
     base, found = sweep(output_dir=str(tmp_path / "one"))
     path = results.write(base, found, trained(found, steps=10)) / "best.yaml"
