@@ -30,6 +30,7 @@ def load(
     source: str | Path | Mapping[str, Any] | None,
     overrides: Sequence[str] = (),
     *,
+    changes: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> RunArguments:
     """The arguments of a run.
@@ -37,6 +38,7 @@ def load(
     Args:
         source: a YAML or JSON file, a mapping of keys to values, or nothing.
         overrides: words that go before the file: `key=value`, `--key value` or `--flag`.
+        changes: keys to values that go before both.
         environ: the environment; USE_RAY and ALLOW_EXTRA_ARGS are read.
 
     Raises:
@@ -47,7 +49,7 @@ def load(
     flat, renamed = names.resolve(flat)
     words, misread = reading.read_words(overrides, is_flag)
     words, renamed_words = names.resolve(words)
-    flat |= words
+    flat |= words | dict(changes or {})
     if flat.get("use_ray") is None:
         flat["use_ray"] = environment.use_ray(environ)
     if environment.allow_extra_args(environ):

@@ -5,7 +5,6 @@ llmray tune run.yaml [sweep.yaml] [key=value ...] [tune.num_samples=4 ...] [resu
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,9 +57,8 @@ def load_sweep(words: Sequence[str], *, environ: Mapping[str, str] = os.environ)
             "such as `tune: {search: {learning_rate: {loguniform: [1e-5, 1e-3]}}}`, or name a "
             "second file with it."
         )
-    # as a word, it goes before the section that the file has, and files keep their names in errors
-    given = [f"tune={json.dumps(section)}"]
-    return SweepFile(load(run_file, [*rest, *given], environ=environ), resumes, is_dry)
+    arguments = load(run_file, rest, changes={"tune": section}, environ=environ)
+    return SweepFile(arguments, resumes, is_dry)
 
 
 def refuse_section(arguments: RunArguments) -> None:

@@ -43,6 +43,16 @@ def test_the_section_stands_in_the_run_file_or_in_a_second_one(write):
     assert (one.resumes, one.is_dry) == (False, False)
 
 
+def test_texts_that_are_searched_stay_as_they_are(write):
+    texts = ["joy \U0001f602", "line\u2028separated", "next\x85line", "two\nlines", "\u00e9"]
+    section = {"search": {"default_system": {"choice": texts}}}
+    found = read(write("run.yaml", RUN | {"tune": section}))
+    assert list(sweep_of(found.arguments).space.dimensions[0].distribution.values) == texts
+    word = "tune.search.default_system={choice: [joy \U0001f602]}"
+    found = read(write("run.yaml", RUN | {"tune": section}), word)
+    assert sweep_of(found.arguments).space.dimensions[0].distribution.values == (texts[0],)
+
+
 def test_words_change_the_run_and_the_section(write):
     found = read(
         write("run.yaml", RUN | {"tune": SECTION}),

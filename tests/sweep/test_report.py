@@ -43,14 +43,12 @@ def test_long_values_are_cut_and_missing_ones_left_empty():
 
 
 def test_a_text_of_several_lines_is_one_cell():
-    texts = ["one\ntwo\u2028three", ["a\x85b"]]
+    texts = ["one\ntwo\u2028three", "a\x85b"]
     _, found = sweep({"search": {"default_system": {"choice": texts}}})
     lines = report.table(found, trained(found)).splitlines()
     assert len(lines) == 3
-    assert sorted(line.split("  ")[1].strip() for line in lines[1:]) == [
-        r'["a\u0085b"]',
-        r"one\ntwo\u2028three",
-    ]
+    for said in (r" a\u0085b ", r" one\ntwo\u2028three "):
+        assert sum(said in line for line in lines) == 1
 
 
 def test_trials_that_are_as_good_as_the_best_are_named():
