@@ -58,31 +58,39 @@ class Distribution:
         """All values in their order; None where they cannot be counted."""
         if self.is_list:
             return self.values
-        if self.step is None or self._num_steps() > MANY:
+        if self.step is None or self.num_steps() > MANY:
             return None
-        return tuple(self._at(number) for number in range(self._num_steps() + 1))
+        return tuple(self.at(number) for number in range(self.num_steps() + 1))
 
     def draw(self, generator: random.Random) -> Any:
         """A value by chance."""
         if self.is_list:
             return self.values[generator.randrange(len(self.values))]
         if self.step is not None:
-            return self._at(generator.randint(0, self._num_steps()))
+            return self.at(generator.randint(0, self.num_steps()))
         if self.kind == "loguniform":
             drawn = math.exp(generator.uniform(math.log(self.low), math.log(self.high)))
         else:
             drawn = generator.uniform(self.low, self.high)
         return min(max(rounded(drawn), self.low), self.high)
 
-    def _num_steps(self) -> int:
+    def num_steps(self) -> int:
+        """How many steps lead from low to high, of a range that has steps."""
         assert self.step is not None
         return round((self.high - self.low) / self.step)
 
-    def _at(self, number: int) -> float:
+    def at(self, number: int) -> float:
+        """The value so many steps above low."""
         assert self.step is not None
         value = self.low + number * self.step
         whole = all(isinstance(part, int) for part in (self.low, self.step))
         return int(value) if whole else rounded(value)
+
+    def number_of(self, value: Any) -> int | None:
+        """Which of its values that is, from 0; None of a range without steps."""
+        if self.is_list:
+            return self.values.index(value)
+        return None if self.step is None else round((value - self.low) / self.step)
 
 
 @dataclass(frozen=True)

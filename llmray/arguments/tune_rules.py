@@ -140,20 +140,24 @@ def searched_values_are_right(arguments: RunArguments, lay_over: LayOver) -> Ite
     }
     space = sweep.space.restricted(known)
     trials = [values for _, values in space.probes()] or [{}]
-    if sweep.searcher != "optuna":
-        grid = islice(space.grid(), CHECKED_TRIALS)
-        trials += [_values_at(space, chosen) for chosen in grid]
+    grid = islice(space.grid(), CHECKED_TRIALS)
+    trials += [_values_at(space, chosen) for chosen in grid]
     alone, wrong = lay_over({"tune": None})
     said = {problem.text for problem in wrong}
     of_all = {problem.text for problem in _without_metric(alone, sweep)}
     for values in trials:
-        found, wrong = lay_over({"tune": None, **values})
-        wrong += _without_metric(found, sweep)
+        wrong = of_trial(sweep, values, lay_over)
         new = [problem for problem in wrong if problem.text not in said]
         said |= {problem.text for problem in new}
         for problem in new:
             where = "" if problem.text in of_all else _where(values, problem)
             yield Problem(("tune", *problem.keys), f"tune: {where}{problem.text}")
+
+
+def of_trial(sweep: tune.Sweep, values: Mapping[str, Any], lay_over: LayOver) -> list[Problem]:
+    """What is wrong with one trial of a sweep."""
+    found, wrong = lay_over({"tune": None, **values})
+    return [*wrong, *_without_metric(found, sweep)]
 
 
 def loss_compares_trials(arguments: RunArguments) -> Iterator[Problem]:

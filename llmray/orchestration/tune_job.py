@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from logging import getLevelName, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,7 @@ from llmray.sweep import report, results, scheduling
 from llmray.sweep.scheduling import Length
 from llmray.sweep.trials import (
     Trial,
+    is_possible,
     run_of,
     runs_at_ends,
     runs_by_rewards,
@@ -149,7 +150,7 @@ class _Driver:
         self._check()
         self._open_ledger(resumes=resumes)
         asks = self.sweep.searcher == "optuna"
-        searcher = Asked(self.sweep, self.entries.values()) if asks else Listed()
+        searcher = self._asked() if asks else Listed()
         waiting = [_trial(entry) for entry in self.entries.values() if not entry.is_over]
         runs = [run_of(self.arguments, trial) for trial in waiting]
         for run in runs:  # all data before the first trial
@@ -165,6 +166,10 @@ class _Driver:
         if stopped not in EXIT_CODES:
             results.refuse_failure(self._failures(stopped))
         return exit_code(stopped)
+
+    def _asked(self) -> Asked:
+        can_be = partial(is_possible, self.arguments, self.sweep)
+        return Asked(self.sweep, self.entries.values(), can_be)
 
     def _check(self) -> None:
         """Compare needs with what is there, before anything is written or loaded."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmray import hub, store
-from llmray.arguments import reward_sets
+from llmray.arguments import reward_sets, tune_rules
 from llmray.arguments.loading import with_problems
 from llmray.arguments.problems import Problem, raise_all
 from llmray.arguments.run import RunArguments
@@ -87,6 +87,11 @@ def run_of(base: RunArguments, trial: Trial) -> RunArguments:
     arguments, problems = _laid_over(base, trial)
     raise_all(problems, trial.name)
     return arguments
+
+
+def is_possible(base: RunArguments, sweep: Sweep, values: Mapping[str, Any]) -> bool:
+    """Whether these values make a run that trains and logs the metric."""
+    return not tune_rules.of_trial(sweep, values, partial(with_problems, base))
 
 
 def runs_by_rewards(base: RunArguments, sweep: Sweep) -> list[RunArguments]:

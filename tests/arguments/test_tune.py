@@ -139,6 +139,24 @@ REFUSED = [
         {},
         "2 problems",
     ),
+    # what a searcher that learns may propose
+    (
+        {
+            "search": {
+                "finetuning_type": {"choice": ["lora", "full"]},
+                "quantization_bit": {"choice": [None, 4]},
+            },
+            "num_samples": 4,
+            "searcher": "optuna",
+        },
+        {},
+        "quantization_bit",
+    ),
+    (
+        {"search": {"eval_steps": {"randint": [1, 10]}}, "searcher": "optuna"},
+        {"save_steps": 10, "load_best_model_at_end": True},
+        "load_best_model_at_end",
+    ),
     # metric
     ({"search": RATES, "metric": "rouge-1"}, {}, "eval_rouge-1 is never logged"),
     ({"search": RATES, "metric": "los"}, {}, "Write eval_loss."),
