@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from logging import getLogger
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,6 +66,11 @@ class Entry:
     def is_over(self) -> bool:
         """Whether nothing more is to be done for it."""
         return self.state in OVER
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether it came to its last step, and only its files may be missing."""
+        return 0 < self.total_steps <= self.step
 
     def forget_after(self, step: int) -> None:
         """Drop the reports of updates after `step`, which will come again."""
@@ -155,6 +160,18 @@ def resume(run_dir: str, arguments: RunArguments, metric: str) -> dict[str, Entr
     over = sum(1 for entry in found.values() if entry.is_over)
     log.info("going on with the sweep in %s: %d trials are over", run_dir, over)
     return found
+
+
+def told(entries: Iterable[Entry]) -> list[tuple[Entry, Report]]:
+    """What all trials reported after an update, in the order in which it came."""
+    found = [
+        (order, entry, report)
+        for entry in entries
+        for order, report in zip(entry.orders, entry.reports, strict=True)
+        if report.step
+    ]
+    found.sort(key=lambda each: each[0])
+    return [(entry, report) for _, entry, report in found]
 
 
 def recover(entry: Entry, metric: str, step: int, order: int) -> int:

@@ -124,6 +124,7 @@ class Sweeping:
             LlmrayError: a trial cannot be made ready, or no workers can be had.
         """
         try:
+            self._recall()
             while not self._is_over():
                 self._heed()
                 for slot in list(self._slots):
@@ -219,10 +220,8 @@ class Sweeping:
         """Take in what the workers before did not come to tell, and let the scheduler judge it."""
         known = len(entry.reports)
         self._order += ledger.recover(entry, self.sweep.metric, step, self._order)
-        if self._verdicts is None:
-            return  # the first report of all trials brings those before it
         for report in entry.reports[known:]:
-            said = self._verdicts.judge(entry.name, report)
+            said = self._require_verdicts(entry, report).judge(entry.name, report)
             if said != "go on" and report.step < entry.total_steps:
                 slot.stop(ENDS[said])
                 break
@@ -243,22 +242,38 @@ class Sweeping:
         )
         for name in self.entries:
             found.add(name)
-        now = entry.orders[-1]  # of this report, which is judged by whoever asked
-        past = [
-            (order, entry.name, report)
-            for entry in self.entries.values()
-            for order, report in zip(entry.orders, entry.reports, strict=True)
-            if report.step and order < now
-        ]
-        for _, name, report in sorted(past, key=lambda told: told[0]):
-            found.started(name)
-            found.judge(name, report)
         for entry in self.entries.values():
-            if entry.is_over:
+            if entry.is_over and not any(told.step for told in entry.reports):
                 found.ended(entry.name, failed=entry.state == "failed")
             elif entry.name in self._since:
                 found.started(entry.name)
         return found
+
+    def _recall(self) -> None:
+        """Judge again what trials reported before a restart, so that each waits as it did."""
+        past = ledger.told(self.entries.values())
+        if not past:
+            return
+        found = self._require_verdicts(*past[0])
+        found.replay((entry.name, report) for entry, report in past)
+        for entry in self.entries.values():
+            if entry.is_over:
+                found.ended(entry.name, failed=entry.state == "failed")
+        for entry in self.entries.values():
+            if not entry.is_over:
+                self._let_wait(entry)
+        self._put_out()
+
+    def _let_wait(self, entry: Entry) -> None:
+        """Put a trial back in the line; one that was told to stop on its way is over."""
+        found = self._verdicts
+        is_stopped = found is not None and found.is_stopped(entry.name)
+        if is_stopped and not entry.is_at_end:
+            self._close_entry(entry, "stopped", self._why_stopped(entry))
+            return
+        is_aside = found is not None and found.waits(entry.name) and not entry.is_at_end
+        entry.state = "paused" if is_aside else "pending"
+        entry.write()
 
     def _report(self, slot: Slot, entry: Entry, record: Mapping[str, Any]) -> None:
         value = float(record[self.sweep.metric])
@@ -280,9 +295,8 @@ class Sweeping:
 
     def _put_out(self) -> None:
         """End the paused trials that the scheduler gave up."""
-        assert self._verdicts is not None
         busy = {slot.trial for slot in self._slots}
-        for name in self._verdicts.put_out():
+        for name in self._verdicts.put_out() if self._verdicts is not None else ():
             entry = self.entries[name]
             if name not in busy and not entry.is_over:
                 self._close_entry(entry, "stopped", self._why_stopped(entry))
@@ -342,8 +356,7 @@ class Sweeping:
         self.searcher.tell(entry)
         entry.write()
         self.settled(entry)
-        if self._verdicts is not None:
-            self._put_out()
+        self._put_out()
         self._said = -math.inf
 
     def _lose(self, slot: Slot, entry: Entry | None, look: Look) -> None:
@@ -360,15 +373,16 @@ class Sweeping:
         self._leave(slot, entry, look)
         entry.failures += 1
         is_again = entry.cause == loss.text
-        entry.state, entry.cause = "pending", loss.text
+        entry.cause = loss.text
         allowed = self.max_failures
         if loss.error is not None or (is_again and not loss.may_mend):
             self._fail(entry, loss.text, loss.error)
         elif 0 <= allowed < entry.failures:
             self._fail(entry, f"{loss.text}, more than ray_max_failures={allowed} times.")
-        elif self._stop is None:
-            log.warning("%s: %s. It goes on from its newest checkpoint", entry.name, loss.text)
-            entry.write()
+        else:
+            self._let_wait(entry)
+            if self._stop is None and not entry.is_over:
+                log.warning("%s: %s. It goes on from its newest checkpoint", entry.name, loss.text)
 
     def _feed(self, slot: Slot) -> None:
         """Give an idle slot a trial of its shape, or let it go."""
@@ -385,7 +399,7 @@ class Sweeping:
         entry.state = "running"
         entry.write()
         self._since[entry.name] = time.monotonic()
-        if self._verdicts is not None:
+        if self._verdicts is not None and not entry.is_at_end:
             self._verdicts.started(entry.name)
         slot.give(entry.name, self._plan(entry).job, entry.attempts)
 
@@ -393,7 +407,7 @@ class Sweeping:
         """The trial whose turn it is, of those with a shape where one is given."""
         names = [entry.name for entry in self._startable()]
         while names:
-            name = names[0] if self._verdicts is None else self._verdicts.next(names)
+            name = self._first(names)
             if name is None:
                 return None
             entry = self.entries[name]
@@ -401,6 +415,13 @@ class Sweeping:
                 return entry
             names.remove(name)
         return None
+
+    def _first(self, names: list[str]) -> str | None:
+        """The trial whose turn it is: one with nothing left to judge, else the scheduler's."""
+        at_end = [name for name in names if self.entries[name].is_at_end]
+        if at_end or self._verdicts is None:
+            return (at_end or names)[0]
+        return self._verdicts.next(names)
 
     def _give_up_paused(self) -> None:
         """Stop what is paused when nothing runs that could let it go on."""

@@ -7,7 +7,7 @@ speak to. It starts nothing and stops nothing: the sweep does as it is told.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ class Candidate:
     status: str = Trial.PENDING
     is_saving: bool = False
     last: dict[str, Any] | None = None  # what was reported last
+    stopped_after: int | None = None  # the step whose report it was told to stop after
 
     def __str__(self) -> str:
         return self.trial_id
@@ -100,6 +101,20 @@ class Verdicts:
         """The trial runs, for the first time or again."""
         self._trials[name].status = Trial.RUNNING
 
+    def waits(self, name: str) -> bool:
+        """The trial runs no more and is not over; whether it was put aside, to be compared."""
+        trial = self._trials[name]
+        if trial.status == Trial.RUNNING:
+            trial.status = Trial.PENDING
+        return trial.status == Trial.PAUSED
+
+    def replay(self, past: Iterable[tuple[str, Report]]) -> None:
+        """Take in what trials reported before a restart, in its order."""
+        for name, report in past:
+            if not self.is_stopped(name):
+                self.started(name)
+                self.judge(name, report)
+
     def judge(self, name: str, report: Report) -> Verdict:
         """What the trial shall do after an evaluation."""
         trial = self._trials[name]
@@ -111,9 +126,12 @@ class Verdicts:
         }
         if self._scheduler is None or not math.isfinite(report.value):
             return "go on"
+        if trial.stopped_after is not None:  # the scheduler knows it no more
+            return "stop" if report.step >= trial.stopped_after else "go on"
         trial.last = result
         said = self._scheduler.on_trial_result(self, trial, result)
         if said == TrialScheduler.STOP:
+            trial.stopped_after = report.step
             return "stop"
         if said == TrialScheduler.PAUSE:
             trial.status = Trial.PAUSED
@@ -139,6 +157,10 @@ class Verdicts:
         """Whether the trial may go on."""
         return self._trials[name].status not in (Trial.TERMINATED, Trial.ERROR)
 
+    def is_stopped(self, name: str) -> bool:
+        """Whether the trial was told to stop, also while it was put aside."""
+        return self._trials[name].stopped_after is not None
+
     def put_out(self) -> list[str]:
         """The paused trials that were told to stop since the last call."""
         names, self._put_out = self._put_out, []
@@ -156,6 +178,7 @@ class Verdicts:
         if trial.status in (Trial.TERMINATED, Trial.ERROR):
             return
         trial.status = Trial.TERMINATED
+        trial.stopped_after = trial.last["current_steps"] if trial.last else 0
         self._put_out.append(trial.trial_id)
         assert self._scheduler is not None
         self._scheduler.on_trial_remove(self, trial)

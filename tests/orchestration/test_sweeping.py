@@ -70,6 +70,8 @@ class FakeSlot:
         if self.step is None:
             self.step = saved.get(name, 0)
             yield Message("start", (self.step, STEPS))
+        elif self._is_lost_at_an_end():
+            self.has_ended = True
         elif self.reason is not None:
             saved[name] = self.step
             self.stopped = self.reason
@@ -91,6 +93,15 @@ class FakeSlot:
             record = {"current_steps": self.step, "epoch": self.step / 10, "eval_loss": value}
             yield Message("record", (record,))
 
+    def _is_lost_at_an_end(self):
+        """Once: after the last step, or told to stop or to pause."""
+        if self.reason is None:
+            is_lost = self.step == STEPS == self.site.dies.get(self.trial)
+            return is_lost and bool(self.site.dies.pop(self.trial))
+        is_lost = self.trial in self.site.dies_when_told
+        self.site.dies_when_told.discard(self.trial)
+        return is_lost
+
     def _finish(self):
         self.is_idle = True
         yield Message("end", ({},))
@@ -103,6 +114,7 @@ class Site:
         self.directory = directory
         self.given, self.trained, self.over = [], [], []
         self.saved, self.fails, self.dies, self.values = {}, {}, {}, {}
+        self.dies_when_told = set()  # to stop, or to pause
         self.dies_once, self.why = True, TrainingError("loss=nan")
         self.loss = Loss("rank 0 died")
         self.entries = {}
@@ -124,7 +136,8 @@ class Site:
     def settings_of(self, entry, steps_per_epoch):
         assert steps_per_epoch == 10
         settings = dict(self.loop.sweep.scheduler.settings)
-        return {"time_attr": "current_steps", "max_t": STEPS, **settings}
+        end = {} if self.loop.sweep.scheduler.kind == "median" else {"max_t": STEPS}
+        return {"time_attr": "current_steps", **end, **settings}
 
     def open_slot(self, number, plan):
         self.num_slots += 1
@@ -152,9 +165,19 @@ class Site:
         return [entry.state for entry in self.entries.values()]
 
 
+@pytest.fixture(autouse=True)
+def bounded(monkeypatch):
+    """No sweep waits, and none goes on for ever."""
+    polls = iter(range(10_000))
+
+    def sleep(seconds):
+        assert next(polls, None) is not None, "the sweep hangs"
+
+    monkeypatch.setattr(sweeping.time, "sleep", sleep)
+
+
 @pytest.fixture
-def site(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeping, "POLL_S", 0.0)
+def site(tmp_path):
     return Site(tmp_path)
 
 
@@ -184,8 +207,7 @@ def test_asha_stops_worse_trials_a_step_after_its_word(site):
     assert site.entries["trial_004"].cause == "asha: eval_loss 3.99 after step 1"
 
 
-def test_hyperband_trains_paused_trials_on_from_where_they_were(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeping, "POLL_S", 0.0)
+def test_hyperband_trains_paused_trials_on_from_where_they_were(tmp_path):
     site = Site(tmp_path, values=range(1, 9))
     site.sweep(scheduler=Scheduler("hyperband", {"max_t": 8, "reduction_factor": 3}))
     assert set(site.states()) <= {"done", "stopped"}
@@ -196,6 +218,98 @@ def test_hyperband_trains_paused_trials_on_from_where_they_were(tmp_path, monkey
         assert [step for n, step in site.trained if n == name] == sorted(
             {step for n, step in site.trained if n == name}
         )
+
+
+HYPERBAND = Scheduler("hyperband", {"reduction_factor": 3, "stop_last_trials": False})
+
+
+def of_ten(tmp_path, number=10):
+    """Trials for three brackets of hyperband; the first has three, the second five."""
+    return Site(tmp_path, values=range(1, number + 1))
+
+
+@pytest.mark.parametrize(
+    ("number", "dies"),
+    [(10, {"trial_006": 1}), (10, {"trial_004": 5}), (3, {"trial_002": 5})],
+)
+def test_hyperband_goes_on_with_a_trial_whose_workers_were_lost(tmp_path, number, dies):
+    site = of_ten(tmp_path, number)
+    site.dies = dict(dies)
+    assert site.sweep(scheduler=HYPERBAND) is None
+    assert set(site.states()) <= {"done", "stopped"}
+    [(name, step)] = dies.items()
+    assert site.entries[name].failures == 1
+    assert max(at for n, at in site.trained if n == name) > step
+    assert site.states()[:3] == ["done"] * 3
+    assert len(site.over) == number, "each is over once"
+
+
+def test_hyperband_does_not_wait_for_a_trial_that_failed_before_the_first_report(tmp_path):
+    site = of_ten(tmp_path)
+    site.fails = {"trial_001": 0}
+    assert site.sweep(at_once=1, scheduler=HYPERBAND) is None
+    assert site.states()[0] == "failed"
+    assert set(site.states()[1:]) == {"done", "stopped"}
+
+
+@pytest.mark.parametrize("name", ["trial_004", "trial_006", "trial_008"])
+def test_hyperband_keeps_its_word_to_a_trial_whose_workers_were_lost_on_it(tmp_path, name):
+    """Told to be put aside, or to stop, and gone before that was told as done."""
+    site = of_ten(tmp_path)
+    site.dies_when_told = {name}
+    assert site.sweep(scheduler=HYPERBAND) is None
+    undisturbed = of_ten(tmp_path / "undisturbed")
+    undisturbed.sweep(scheduler=HYPERBAND)
+    assert site.states() == undisturbed.states()
+
+
+def test_asha_keeps_its_word_to_a_trial_whose_workers_were_lost_on_it(site):
+    site.dies_when_told = {"trial_004"}
+    site.sweep(at_once=1, scheduler=Scheduler("asha", {"grace_period": 1, "reduction_factor": 2}))
+    assert site.entries["trial_004"].state == "stopped"
+    assert [step for name, step in site.trained if name == "trial_004"] == [1]
+
+
+@pytest.mark.parametrize("kind", ["hyperband", "asha"])
+def test_a_trial_that_was_lost_after_its_last_step_is_done(tmp_path, kind):
+    """Its workers wrote its weights, and were gone before they said so."""
+    site = of_ten(tmp_path)
+    site.dies = {"trial_001": STEPS}
+    scheduler = HYPERBAND if kind == "hyperband" else Scheduler("asha", {"grace_period": 2})
+    assert site.sweep(scheduler=scheduler) is None
+    assert site.entries["trial_001"].state == "done"
+    assert site.entries["trial_001"].attempts == 2
+
+
+@pytest.mark.parametrize("at", [1, 4, 13, 16, 20])
+@pytest.mark.parametrize("kind", ["hyperband", "asha", "median"])
+def test_a_sweep_that_was_stopped_goes_on_as_if_it_had_not(tmp_path, at, kind):
+    """A signal at any record; the ledger alone is kept."""
+    schedulers = {
+        "hyperband": HYPERBAND,
+        "asha": Scheduler("asha", {"grace_period": 2, "reduction_factor": 2}),
+        "median": Scheduler("median", {"grace_period": 2}),
+    }
+    seen = []
+
+    def heard(entry, message):
+        seen.append(message.kind)
+        if seen.count("record") == at:
+            site.signals.seen.append("SIGTERM")
+
+    site = of_ten(tmp_path)
+    assert site.sweep(scheduler=schedulers[kind], heard=heard) == "SIGTERM"
+    site.signals.seen.clear()
+    site.entries |= {n: e for n in site.entries if (e := ledger.read(str(tmp_path / n)))}
+    assert site.sweep(scheduler=schedulers[kind]) is None
+    whole = of_ten(tmp_path / "whole")
+    whole.sweep(scheduler=schedulers[kind])
+    assert set(site.states()) <= {"done", "stopped"}
+    assert site.entries["trial_001"].state == "done"
+    assert len(site.over) == len(set(site.over)) == 10
+    if kind == "hyperband":
+        assert site.states() == whole.states()
+        assert len(site.trained) == len(whole.trained)
 
 
 def test_what_was_lost_on_its_way_to_the_driver_is_read_in_the_trials_own_log(site):
@@ -270,8 +384,7 @@ def test_an_error_of_one_trial_leaves_its_workers(site):
     assert site.num_slots == 1
 
 
-def test_three_that_fail_alike_before_any_succeeds_end_the_sweep(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeping, "POLL_S", 0.0)
+def test_three_that_fail_alike_before_any_succeeds_end_the_sweep(tmp_path):
     site = Site(tmp_path, values=range(1, 9))
     site.fails, site.why = dict.fromkeys(site.values, 3), StoreError(f"{tmp_path}/a1b2c3d4 is full")
     assert site.sweep() == sweeping.ALIKE
@@ -279,8 +392,7 @@ def test_three_that_fail_alike_before_any_succeeds_end_the_sweep(tmp_path, monke
     assert site.states().count("pending") >= 4
 
 
-def test_losses_that_are_no_numbers_end_no_sweep(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeping, "POLL_S", 0.0)
+def test_losses_that_are_no_numbers_end_no_sweep(tmp_path):
     site = Site(tmp_path, values=range(1, 6))
     site.fails = dict.fromkeys(["trial_001", "trial_002", "trial_003"], 3)
     assert site.sweep() is None
@@ -326,9 +438,8 @@ def test_trials_of_another_shape_get_workers_of_their_own(site):
     assert slots["trial_001"] == slots["trial_003"] != slots["trial_002"]
 
 
-def test_optuna_proposes_as_many_as_were_asked_for(tmp_path, monkeypatch):
+def test_optuna_proposes_as_many_as_were_asked_for(tmp_path):
     pytest.importorskip("optuna")
-    monkeypatch.setattr(sweeping, "POLL_S", 0.0)
     site = Site(tmp_path, values=())
     sweep = dataclasses.replace(SWEEP, searcher="optuna", num_samples=5)
     site.sweep(searcher=Asked(sweep))
