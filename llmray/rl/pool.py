@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -21,6 +20,7 @@ from typing import Any, Literal
 
 from llmray.errors import RewardError
 from llmray.rl.handles import Answer, Handle, HandleLost, PoolScores
+from llmray.rl.pieces import Piece, Queue, Submission, fill, why_not_scores
 
 log = getLogger("llmray")
 
@@ -67,56 +67,6 @@ class PoolCounts:
     busy_s: float = 0.0
 
 
-@dataclass
-class _Submission:
-    scores: PoolScores
-    left: int
-    future: Future[PoolScores]
-
-
-@dataclass
-class _Piece:
-    """Answers that are sent together, and where their scores go."""
-
-    answers: list[Answer]
-    places: list[tuple[_Submission, int]]
-    attempts: int = 0
-    avoided: Handle | None = None
-    tokens: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.tokens = sum([answer.num_tokens for answer in self.answers])
-
-    def part(self, which: slice) -> _Piece:
-        return _Piece(self.answers[which], self.places[which], self.attempts, self.avoided)
-
-
-class _Queue:
-    """Pieces that wait, and how many tokens they have together."""
-
-    def __init__(self) -> None:
-        self.pieces: deque[_Piece] = deque()
-        self.tokens = 0
-
-    def put(self, pieces: Sequence[_Piece]) -> None:
-        self.pieces.extend(pieces)
-        self.tokens += sum(piece.tokens for piece in pieces)
-
-    def put_first(self, pieces: Sequence[_Piece]) -> None:
-        self.pieces.extendleft(reversed(pieces))
-        self.tokens += sum(piece.tokens for piece in pieces)
-
-    def pop(self) -> _Piece:
-        piece = self.pieces.popleft()
-        self.tokens -= piece.tokens
-        return piece
-
-    def drop(self, submission: _Submission) -> None:
-        """Take out the pieces that are of one submission alone."""
-        kept = [p for p in self.pieces if any(owner is not submission for owner, _ in p.places)]
-        self.pieces, self.tokens = deque(kept), sum(piece.tokens for piece in kept)
-
-
 @dataclass(eq=False)
 class _Member:
     """A handle and what it is doing."""
@@ -142,7 +92,7 @@ class _Member:
 
 @dataclass(eq=False)
 class _Call:
-    piece: _Piece
+    piece: Piece
     started: float
 
 
@@ -171,7 +121,7 @@ class Pool:
         self._members = [_Member(handle) for handle in (*handles[turn:], *handles[:turn])]
         self._options = options
         self._on_evict = on_evict
-        self._waiting = _Queue()
+        self._waiting = Queue()
         self._counts = PoolCounts()
         self._gone_since: float | None = None
         self._events: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -198,9 +148,9 @@ class Pool:
         if not answers:
             future.set_result(PoolScores([]))
             return future
-        submission = _Submission(PoolScores([math.nan] * len(answers)), len(answers), future)
+        submission = Submission(PoolScores([math.nan] * len(answers)), len(answers), future)
         places = [(submission, place) for place in range(len(answers))]
-        whole = _Piece(list(answers), places)
+        whole = Piece(list(answers), places)
         self._events.put(lambda: self._waiting.put(self._pieces(whole)))
         return future
 
@@ -223,7 +173,7 @@ class Pool:
             self._look_at_clock()
         self._fail_all(RewardError("the pool of reward models was closed"))
 
-    def _pieces(self, whole: _Piece) -> list[_Piece]:
+    def _pieces(self, whole: Piece) -> list[Piece]:
         """What is queued of a submission: single answers, or batches that stay as they are."""
         size = len(whole.answers)
         if self._options.batching == "arrival":
@@ -232,7 +182,7 @@ class Pool:
         budget = min(self._options.batch_tokens, math.ceil(whole.tokens / slots))
         pieces, start = [], 0
         while start < size:
-            stop = _fill([answer.num_tokens for answer in whole.answers[start:]], budget) + start
+            stop = fill([answer.num_tokens for answer in whole.answers[start:]], budget) + start
             pieces.append(whole.part(slice(start, stop)))
             start = stop
         return pieces
@@ -268,7 +218,7 @@ class Pool:
     def _slots(self, member: _Member) -> int:
         return 0 if member.is_out else self._options.slots - len(member.calls)
 
-    def _next_piece(self, budget: int) -> _Piece:
+    def _next_piece(self, budget: int) -> Piece:
         """The piece at the head; where batches follow arrival, with those behind it."""
         piece = self._waiting.pop()
         if self._options.batching == "fixed" or piece.attempts:
@@ -287,9 +237,9 @@ class Pool:
             tokens += following.tokens
             answers += following.answers
             places += following.places
-        return _Piece(answers, places)
+        return Piece(answers, places)
 
-    def _send(self, piece: _Piece, member: _Member) -> None:
+    def _send(self, piece: Piece, member: _Member) -> None:
         now = time.monotonic()
         if not member.calls:
             member.progress = now
@@ -325,8 +275,8 @@ class Pool:
         else:
             self._take(member, call.piece, done.result())
 
-    def _take(self, member: _Member, piece: _Piece, scores: Any) -> None:
-        problem = _why_not_scores(scores, len(piece.answers))
+    def _take(self, member: _Member, piece: Piece, scores: Any) -> None:
+        problem = why_not_scores(scores, len(piece.answers))
         if problem is not None:
             self._split(member, piece, RewardError(f"{member.handle.name} {problem}"))
             return
@@ -338,7 +288,7 @@ class Pool:
                 told = RewardError(f"{member.handle.name} gave the score {score}")
                 self._retry(member, piece.part(slice(i, i + 1)), told)
 
-    def _split(self, member: _Member, piece: _Piece, error: BaseException) -> None:
+    def _split(self, member: _Member, piece: Piece, error: BaseException) -> None:
         """After a failure that is the request's own: halves, until the answer at fault is alone."""
         size = len(piece.answers)
         if size == 1:
@@ -349,7 +299,7 @@ class Pool:
         parts = [replace(piece.part(half), attempts=max(1, piece.attempts)) for half in halves]
         self._waiting.put_first(parts)
 
-    def _retry(self, member: _Member, piece: _Piece, error: BaseException) -> None:
+    def _retry(self, member: _Member, piece: Piece, error: BaseException) -> None:
         again = replace(piece, attempts=piece.attempts + 1, avoided=member.handle)
         if again.attempts < self._options.max_attempts:
             self._count(retried=len(piece.answers))
@@ -358,9 +308,7 @@ class Pool:
         for answer, place in zip(piece.answers, piece.places, strict=True):
             self._give_up(answer, place, error)
 
-    def _give_up(
-        self, answer: Answer, place: tuple[_Submission, int], error: BaseException
-    ) -> None:
+    def _give_up(self, answer: Answer, place: tuple[Submission, int], error: BaseException) -> None:
         options = self._options
         if options.on_error == "fail":
             failure = RewardError(
@@ -379,13 +327,13 @@ class Pool:
             place[0].scores.given.add(place[1])
         self._settle(*place, options.error_value if options.on_error == "value" else math.nan)
 
-    def _settle(self, submission: _Submission, place: int, score: float) -> None:
+    def _settle(self, submission: Submission, place: int, score: float) -> None:
         submission.scores[place] = score
         submission.left -= 1
         if not submission.left and not submission.future.done():
             submission.future.set_result(submission.scores)
 
-    def _fail(self, submission: _Submission, error: RewardError) -> None:
+    def _fail(self, submission: Submission, error: RewardError) -> None:
         if not submission.future.done():
             submission.future.set_exception(error)
         self._waiting.drop(submission)
@@ -472,23 +420,3 @@ class Pool:
     def _count(self, **more: float) -> None:
         added = {name: value + getattr(self._counts, name) for name, value in more.items()}
         self._counts = replace(self._counts, **added)
-
-
-def _fill(sizes: Sequence[int], budget: int) -> int:
-    """How many of `sizes`, from the first on, fit into `budget`; at least one."""
-    total = 0
-    for count, size in enumerate(sizes):
-        total += size
-        if total > budget and count:
-            return count
-    return len(sizes)
-
-
-def _why_not_scores(scores: Any, expected: int) -> str | None:
-    """What is wrong with an answer as a whole, None where nothing is."""
-    if not isinstance(scores, list):
-        return f"gave a {type(scores).__name__} where a list of numbers is required"
-    if len(scores) != expected:
-        return f"gave {len(scores)} scores for {expected} answers"
-    odd = [s for s in scores if isinstance(s, bool) or not isinstance(s, int | float)]
-    return f"gave {odd[0]!r} where a number is required" if odd else None
