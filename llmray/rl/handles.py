@@ -36,6 +36,10 @@ class PoolScores(list[float]):
         self.given: set[int] = set()
 
 
+class HandleAway(HandleLost):
+    """The one behind a handle does not serve for now, whatever it is asked; it is waited for."""
+
+
 class Handle(Protocol):
     """One that can be called from afar.
 
@@ -45,8 +49,8 @@ class Handle(Protocol):
         busy_s: seconds in which it has served this caller; None where it does not say so.
 
     What scores has the methods `score(answers) -> list[float]` and `ping() -> None`. A future fails
-    with `HandleLost` where another handle may be tried, with anything else where the request is
-    at fault.
+    with `HandleLost` where another handle may be tried, though what was asked may have been the
+    cause; with `HandleAway` where it was not; with anything else where the request is at fault.
     """
 
     name: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmray.rl.handles import Answer, Handle, PoolScores
@@ -22,12 +22,22 @@ class Submission:
 
 @dataclass
 class Piece:
-    """Answers that are sent together, and where their scores go."""
+    """Answers that are sent together, and where their scores go.
+
+    Attributes:
+        attempts: how often they failed in a way that may be their own fault.
+        avoided: the handle that failed last.
+        is_suspect: a handle was lost over them; they are sent to one that has nothing else, so that
+            nothing else is lost with it.
+        away_since: when they first found a handle away.
+    """
 
     answers: list[Answer]
     places: list[tuple[Submission, int]]
     attempts: int = 0
     avoided: Handle | None = None
+    is_suspect: bool = False
+    away_since: float | None = None
     tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -35,7 +45,12 @@ class Piece:
 
     def part(self, which: slice) -> Piece:
         """Some of its answers, with the same past."""
-        return Piece(self.answers[which], self.places[which], self.attempts, self.avoided)
+        return replace(self, answers=self.answers[which], places=self.places[which])
+
+    @property
+    def has_past(self) -> bool:
+        """Whether they failed before, so that they are not mixed with others."""
+        return bool(self.attempts) or self.away_since is not None
 
 
 class Queue:

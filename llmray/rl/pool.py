@@ -19,7 +19,7 @@ from threading import Thread
 from typing import Any, Literal
 
 from llmray.errors import RewardError
-from llmray.rl.handles import Answer, Handle, HandleLost, PoolScores
+from llmray.rl.handles import Answer, Handle, HandleAway, HandleLost, PoolScores
 from llmray.rl.pieces import Piece, Queue, Submission, fill, why_not_scores
 
 log = getLogger("llmray")
@@ -37,8 +37,9 @@ class PoolOptions:
             in its order (fixed), so that nothing depends on when things happen.
         slots: batches that a handle is given at one time, one of which waits for the other.
         request_timeout_s: without an answer for so long a handle hangs; may be infinite.
-        timeout_s: how long to wait where all handles are gone.
-        max_attempts: after so many failures an answer has no score.
+        timeout_s: how long to wait where all handles are gone, or let in again only to be lost.
+        max_attempts: after so many failures that may be its own fault an answer has no score;
+            answers that were sent together are sent in halves then.
         on_error: what then happens: the run fails, the answer is masked (its score is NaN), or it
             gets `error_value`.
         probe_every_s: how often a handle that was taken out is asked whether it is back.
@@ -123,7 +124,7 @@ class Pool:
         self._on_evict = on_evict
         self._waiting = Queue()
         self._counts = PoolCounts()
-        self._gone_since: float | None = None
+        self._gone_since: float | None = None  # all were, and none has answered since
         self._events: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = Thread(target=self._run, name="reward-pool", daemon=True)
         self._thread.start()
@@ -189,11 +190,11 @@ class Pool:
 
     def _dispatch(self) -> None:
         while self._waiting.pieces:
-            free = [m for m in self._members if self._slots(m)]
+            first = self._waiting.pieces[0]
+            free = [m for m in self._members if self._slots(m) and self._may_get(m, first)]
             if not free:
                 return
-            avoided = self._waiting.pieces[0].avoided
-            others = [m for m in free if m.handle is not avoided] or free
+            others = [m for m in free if m.handle is not first.avoided] or free
             member = min(others, key=lambda m: m.load)
             budget = self._budget(member)
             if budget is None:
@@ -218,10 +219,14 @@ class Pool:
     def _slots(self, member: _Member) -> int:
         return 0 if member.is_out else self._options.slots - len(member.calls)
 
+    def _may_get(self, member: _Member, piece: Piece) -> bool:
+        """Whether a suspect would be alone with it, and no other is there."""
+        return not any(piece.is_suspect or call.piece.is_suspect for call in member.calls)
+
     def _next_piece(self, budget: int) -> Piece:
         """The piece at the head; where batches follow arrival, with those behind it."""
         piece = self._waiting.pop()
-        if self._options.batching == "fixed" or piece.attempts:
+        if self._options.batching == "fixed" or piece.has_past:
             return piece
         tokens, pieces = piece.tokens, self._waiting.pieces
         answers, places = list(piece.answers), list(piece.places)
@@ -229,7 +234,7 @@ class Pool:
         # to the nearest: were each batch a little short, one member would get all that is left
         while (
             pieces
-            and not pieces[0].attempts
+            and not pieces[0].has_past
             and tokens + pieces[0].tokens / 2 <= budget
             and tokens + pieces[0].tokens <= most
         ):
@@ -268,9 +273,10 @@ class Pool:
         member.progress = now
         error = done.exception() if not done.cancelled() else HandleLost("its call was cancelled")
         if isinstance(error, HandleLost):
-            self._evict(member, "lost", str(error))
-            self._retry(member, call.piece, error)
-        elif error is not None:
+            self._lost(member, call.piece, error)
+            return
+        self._gone_since = None  # it serves, whatever it says
+        if error is not None:
             self._split(member, call.piece, error)
         else:
             self._take(member, call.piece, done.result())
@@ -290,23 +296,63 @@ class Pool:
 
     def _split(self, member: _Member, piece: Piece, error: BaseException) -> None:
         """After a failure that is the request's own: halves, until the answer at fault is alone."""
-        size = len(piece.answers)
-        if size == 1:
+        if len(piece.answers) == 1:
             self._retry(member, piece, error)
-            return
+        else:
+            self._halve(piece)
+
+    def _halve(self, piece: Piece) -> None:
+        size = len(piece.answers)
         # one attempt in number, so that neither half is mixed with others
         halves = (slice(0, size // 2), slice(size // 2, size))
         parts = [replace(piece.part(half), attempts=max(1, piece.attempts)) for half in halves]
         self._waiting.put_first(parts)
 
-    def _retry(self, member: _Member, piece: Piece, error: BaseException) -> None:
-        again = replace(piece, attempts=piece.attempts + 1, avoided=member.handle)
-        if again.attempts < self._options.max_attempts:
-            self._count(retried=len(piece.answers))
-            self._waiting.put_first([again])
+    def _lost(self, member: _Member, piece: Piece, error: HandleLost) -> None:
+        """Take a member out; what it was asked first of what it loses may be the cause.
+
+        What else it has comes back by itself, with a score or lost too. Where it is away its
+        request is at fault only if it finds it away for as long as all may be gone.
+        """
+        was_out = member.is_out
+        self._evict(member, "lost", str(error))
+        if was_out:
+            self._again(member, piece)
             return
-        for answer, place in zip(piece.answers, piece.places, strict=True):
-            self._give_up(answer, place, error)
+        if isinstance(error, HandleAway):
+            now = time.monotonic()
+            since = now if piece.away_since is None else piece.away_since
+            piece = replace(piece, away_since=since)
+            if now - since < self._options.timeout_s:
+                self._again(member, piece)
+                return
+        self._retry(member, replace(piece, is_suspect=True), error)
+
+    def _hung(self, member: _Member) -> None:
+        """Give up what a member has; it is over the oldest that it hangs."""
+        limit = f"{self._options.request_timeout_s:g} s"
+        told = f"no answer for {limit}; reward_request_timeout_s gives it more"
+        calls, member.calls = member.calls, []
+        self._evict(member, "hung", told)
+        for call in reversed(calls[1:]):
+            self._again(member, call.piece)
+        self._retry(member, replace(calls[0].piece, is_suspect=True), HandleLost(told))
+
+    def _again(self, member: _Member, piece: Piece) -> None:
+        """Send what had no fault in a failure once more."""
+        self._count(retried=len(piece.answers))
+        self._waiting.put_first([replace(piece, avoided=member.handle)])
+
+    def _retry(self, member: _Member, piece: Piece, error: BaseException) -> None:
+        """Send once more what may be at fault: at last in halves, and no more where it is one."""
+        attempts = piece.attempts + 1
+        if attempts < self._options.max_attempts:
+            self._again(member, replace(piece, attempts=attempts))
+        elif len(piece.answers) > 1:
+            self._count(retried=len(piece.answers))
+            self._halve(replace(piece, avoided=member.handle))
+        else:
+            self._give_up(piece.answers[0], piece.places[0], error)
 
     def _give_up(self, answer: Answer, place: tuple[Submission, int], error: BaseException) -> None:
         options = self._options
@@ -352,9 +398,6 @@ class Pool:
         self._count(evicted=1)
         member.is_out, member.reason = True, told
         member.next_probe = time.monotonic() + self._options.probe_every_s
-        for call in reversed(member.calls):
-            self._retry(member, call.piece, HandleLost(told))
-        member.calls.clear()
         with suppress(Exception):  # a boundary: what cannot be killed stays out
             self._on_evict(member.handle, reason)
 
@@ -380,19 +423,21 @@ class Pool:
         """Do what is due: take out who hangs, ask who is out, give up where all are gone."""
         now, options = time.monotonic(), self._options
         for member in self._members:
+            if member.calls and now >= self._deadline(member):
+                self._hung(member)
             if member.is_out and now >= member.next_probe:
                 self._probe(member, now)
-            elif member.calls and now >= self._deadline(member):
-                limit = f"{options.request_timeout_s:g} s"
-                told = f"no answer for {limit}; reward_request_timeout_s gives it more"
-                self._evict(member, "hung", told)
-        if not self._waiting.pieces or not all(member.is_out for member in self._members):
-            self._gone_since = None
-        elif self._gone_since is None:
-            self._gone_since = now
-        elif now - self._gone_since >= options.timeout_s:
-            self._gone_since = None
-            self._fail_all(self._all_gone())
+        if not self._waiting.pieces and not any(member.calls for member in self._members):
+            self._gone_since = None  # nobody waits for them
+        elif self._are_all_out():
+            if self._gone_since is None:
+                self._gone_since = now
+            elif now - self._gone_since >= options.timeout_s:
+                self._gone_since = None
+                self._fail_all(self._all_gone())
+
+    def _are_all_out(self) -> bool:
+        return bool(self._waiting.pieces) and all(member.is_out for member in self._members)
 
     def _all_gone(self) -> RewardError:
         reasons = "; ".join(f"{m.handle.name}: {m.reason}" for m in self._members[:3])
@@ -412,7 +457,7 @@ class Pool:
         """Seconds until something is due, None where nothing is."""
         due = [self._deadline(m) for m in self._members if m.calls]
         due += [m.next_probe for m in self._members if m.is_out]
-        if self._gone_since is not None:
+        if self._gone_since is not None and self._are_all_out():
             due.append(self._gone_since + self._options.timeout_s)
         first = min(due, default=math.inf)
         return None if math.isinf(first) else max(0.0, first - time.monotonic())

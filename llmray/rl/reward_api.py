@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from llmray.errors import ArgumentsError, RewardError
-from llmray.rl.handles import Answer, HandleLost
+from llmray.rl.handles import Answer, HandleAway, HandleLost
 
 log = getLogger("llmray")
 
@@ -70,11 +70,19 @@ class _Reply:
 
 
 class _Busy(Exception):
-    """An attempt that failed in a way that another one may not."""
+    """An attempt that failed in a way that another one may not.
 
-    def __init__(self, told: str, pause_s: float | None = None) -> None:
+    `as_failure` is what it is where all of them fail.
+    """
+
+    def __init__(
+        self,
+        told: str,
+        pause_s: float | None = None,
+        as_failure: type[RewardError] = HandleAway,
+    ) -> None:
         super().__init__(told)
-        self.pause_s = pause_s
+        self.pause_s, self.as_failure = pause_s, as_failure
 
 
 class RewardApi:
@@ -101,8 +109,10 @@ class RewardApi:
         """The rewards of `answers`, in order; a reward may still be NaN.
 
         Raises:
-            HandleLost: the server is not there, or busy, after all attempts; or it took too long.
-            RewardError: it refuses the request, or does not answer by the contract.
+            HandleAway: the server is not there, or busy, after all attempts.
+            HandleLost: it took too long.
+            RewardError: it refuses the request, fails over it at all attempts, or does not answer
+                by the contract.
         """
         body = {"model": self._options.model, "messages": [answer.text for answer in answers]}
         content = json.dumps(body).encode()
@@ -131,13 +141,13 @@ class RewardApi:
             try:
                 return self._followed(body)
             except _Busy as busy:
-                told = str(busy)
+                told, failure = str(busy), busy.as_failure
                 pause = options.backoff_s * 2**attempt * random.uniform(0.5, 1.0)
                 if busy.pause_s is not None:
                     pause = busy.pause_s
             if attempt < options.num_retries:
                 time.sleep(min(pause, MAX_PAUSE_S))
-        raise HandleLost(f"{self._address} {told}, {options.num_retries + 1} times in a row")
+        raise failure(f"{self._address} {told}, {options.num_retries + 1} times in a row")
 
     def _followed(self, body: bytes) -> _Reply:
         """The reply to a request, redirects within the same server followed."""
@@ -169,7 +179,10 @@ class RewardApi:
         said = f"answered {reply.status} {reply.reason}"
         excerpt = reply.body[:200].decode(errors="replace").strip()
         if reply.status in BUSY:
-            raise _Busy(f"{said} ({excerpt})" if excerpt else said, _seconds(reply.retry_after))
+            told = f"{said} ({excerpt})" if excerpt else said
+            # 500 is what a server says that fails over what it was asked
+            failure = RewardError if reply.status == 500 else HandleAway
+            raise _Busy(told, _seconds(reply.retry_after), failure)
         if reply.status in (401, 403):
             have = "the one that was sent" if self._options.token else "none was sent"
             raise RewardError(

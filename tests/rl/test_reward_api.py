@@ -1,6 +1,7 @@
 """The client of reward servers against a server in a thread that behaves, and misbehaves."""
 
 import json
+import math
 import socket
 import subprocess
 import threading
@@ -11,7 +12,8 @@ import pytest
 
 from llmray.errors import ArgumentsError, RewardError
 from llmray.rl import reward_api
-from llmray.rl.handles import Answer, HandleLost
+from llmray.rl.handles import Answer, HandleAway, HandleLost, InProcess
+from llmray.rl.pool import Pool, PoolOptions
 from llmray.rl.reward_api import ApiOptions, RewardApi
 
 QUICK = {"timeout_s": 0.5, "num_retries": 2, "backoff_s": 0.01}
@@ -115,11 +117,43 @@ def test_a_busy_server_is_asked_again(server, status):
     assert len(server.requests) == 3
 
 
-def test_a_server_that_stays_busy_is_lost(server):
-    server.replies = [{"status": 500, "body": b"out of memory"}] * 3
-    with pytest.raises(HandleLost, match=r"500 .*out of memory.* 3 times in a row"):
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_a_server_that_stays_busy_is_away(server, status):
+    server.replies = [{"status": status, "body": b"out of memory"}] * 3
+    with pytest.raises(HandleAway, match=rf"{status} .*out of memory.* 3 times in a row"):
         api(server).score(ANSWERS)
     assert not server.replies
+
+
+def test_a_server_that_fails_over_a_request_at_all_attempts_is_not_lost(server):
+    server.replies = [{"status": 500, "body": b"out of memory"}] * 3
+    with pytest.raises(RewardError, match=r"500 .*out of memory.* 3 times in a row") as error:
+        api(server).score(ANSWERS)
+    assert not isinstance(error.value, HandleLost)
+    assert not server.replies
+
+
+def test_one_text_that_a_server_fails_over_costs_no_other_its_score(server):
+    def fails_over_13(handler):
+        request = server.requests[-1]
+        status, content = 200, json.dumps(lengths(request)).encode()
+        if any(text.endswith("[13]") for text in request["messages"]):
+            status, content = 500, b"list index out of range"
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    server.replies = [fails_over_13] * 1000
+    asked = [Answer(f"a{i}", "p", f"[{i}]", f"p[{i}]", num_tokens=10) for i in range(64)]
+    client = api(server, timeout_s=200, num_retries=1)
+    pool = Pool(
+        [InProcess("server", client, 8)], PoolOptions(slots=8, on_error="mask", batch_tokens=80)
+    )
+    found = pool.submit(asked).result(300)
+    assert [i for i, score in enumerate(found) if math.isnan(score)] == [13]
+    assert (pool.counts.failed, pool.counts.evicted) == (1, 0)
+    pool.close()
 
 
 def test_a_server_says_how_long_to_wait(server):
@@ -134,7 +168,7 @@ def test_a_server_that_is_not_there_is_lost():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     of = RewardApi(f"http://127.0.0.1:{port}/", ApiOptions(**QUICK))
-    with pytest.raises(HandleLost, match=r"cannot be reached .*3 times"):
+    with pytest.raises(HandleAway, match=r"cannot be reached .*3 times"):
         of.score(ANSWERS)
     with pytest.raises(HandleLost):
         of.ping()
