@@ -114,7 +114,10 @@ class HyperbandSettings(Timed):
     """Hyperband, https://arxiv.org/abs/1603.06560."""
 
     max_t: Int | None = Field(
-        None, ge=1, description="Where a trial is at its end. Not given: the steps of the run."
+        None,
+        ge=1,
+        description="Where a trial is at its end, no less than reduction_factor. Not given: the "
+        "length of the run; required with time_total_s.",
     )
     reduction_factor: Float = Field(3, gt=1, description="One of so many trials goes on.")
     stop_last_trials: bool | None = Field(
@@ -284,7 +287,9 @@ def _scheduler(given: str | Mapping[str, Any]) -> tuple[Scheduler, list[Problem]
     if problems:
         return NONE, problems
     read = SCHEDULERS[name].model_validate(settings)
-    return Scheduler(name, read.model_dump(exclude_none=True)), []
+    found = Scheduler(name, read.model_dump(exclude_none=True))
+    problems = list(_contradictions(found))
+    return (NONE, problems) if problems else (found, [])
 
 
 def _wrong_settings(name: str, settings: Mapping[str, Any]) -> Iterator[Problem]:
@@ -305,6 +310,22 @@ def _wrong_settings(name: str, settings: Mapping[str, Any]) -> Iterator[Problem]
             key = str(detail["loc"][0])
             wrong = wrong_value(key, known[key], fields[key], [detail])
             yield _problem(f"scheduler {name}: {wrong.text}")
+
+
+def _contradictions(scheduler: Scheduler) -> Iterator[Problem]:
+    """Settings that are right alone, and leave nothing to compare together."""
+    kind, found = scheduler.kind, scheduler.settings
+    end, first = found.get("max_t"), found.get("grace_period")
+    if kind == "asha" and end is not None and first is not None and first > end:
+        yield _problem(
+            f"scheduler asha: grace_period={first:g} is behind max_t={end:g}, where trials are at "
+            "their end: none would be compared. Write a grace_period below max_t."
+        )
+    if kind == "hyperband" and end is None and found["time_attr"] == "time_total_s":
+        yield _problem(
+            "scheduler hyperband: time_attr=time_total_s without max_t, but how many seconds a "
+            "trial takes is not known. Write max_t: the seconds after which a trial is at its end."
+        )
 
 
 def _searcher(section: TuneSection, space: Space) -> Searcher:

@@ -80,6 +80,7 @@ def broken(arguments: RunArguments, lay_over: LayOver) -> list[Problem]:
         *searched_keys_exist(arguments),
         *ranges_fit_the_key(arguments),
         *searched_values_are_right(arguments, lay_over),
+        *hyperband_compares_trials(arguments),
         *loss_compares_trials(arguments),
         *draws_differ(arguments),
         *reward_models_are_known(arguments),
@@ -158,6 +159,27 @@ def of_trial(sweep: tune.Sweep, values: Mapping[str, Any], lay_over: LayOver) ->
     """What is wrong with one trial of a sweep."""
     found, wrong = lay_over({"tune": None, **values})
     return [*wrong, *_without_metric(found, sweep)]
+
+
+def hyperband_compares_trials(arguments: RunArguments) -> Iterator[Problem]:
+    """Hyperband has a border before the end only where this is `reduction_factor` or later."""
+    sweep, options = _sweep(arguments), arguments.training
+    if sweep.scheduler.kind != "hyperband":
+        return
+    found = sweep.scheduler.settings
+    end, said = found.get("max_t"), "max_t"
+    if end is None and found["time_attr"] == "current_steps" and options.max_steps > 0:
+        end, said = options.max_steps, "max_steps"
+    elif end is None and found["time_attr"] == "epoch" and options.max_steps <= 0:
+        end, said = round(options.num_train_epochs), "num_train_epochs"
+    if end is None or said in sweep.space.keys or end >= found["reduction_factor"]:
+        return
+    other = " Or write time_attr: current_steps." if found["time_attr"] == "epoch" else ""
+    yield _problem(
+        f"scheduler hyperband: with {said}={end:g} and reduction_factor="
+        f"{found['reduction_factor']:g} there is nothing before the end where trials are compared. "
+        f"{said} must be reduction_factor at least: raise it, or lower reduction_factor.{other}"
+    )
 
 
 def loss_compares_trials(arguments: RunArguments) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ before anything was evaluated.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from logging import getLogger
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 from llmray.arguments.run import RunArguments
 from llmray.arguments.tune import Scheduler
 from llmray.data.batches import Batches
+
+log = getLogger("llmray")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ def settings(scheduler: Scheduler, length: Length) -> dict[str, Any]:
         "epoch": length.total_steps / length.steps_per_epoch,
     }.get(unit, float(10**9))
     if scheduler.kind in ("asha", "median"):
-        found.setdefault("grace_period", first)
+        # where a trial ends before it was evaluated, its first evaluation is its end
+        found.setdefault("grace_period", min(first, found.get("max_t", first)))
     if scheduler.kind == "asha":
         found.setdefault("max_t", max(end, found["grace_period"]))
     elif scheduler.kind == "hyperband":
@@ -54,6 +58,13 @@ def settings(scheduler: Scheduler, length: Length) -> dict[str, Any]:
         # Ray Tune's borders are rounded, the last one too: the best would miss their last steps,
         # and none that was compared would be trained to its end
         found.setdefault("stop_last_trials", found["max_t"] < round(end))
+        if found["max_t"] < found["reduction_factor"]:  # known by now alone
+            log.warning(
+                "hyperband compares no trials: with max_t=%d, of %s, it has no border before the "
+                "end. Write a reduction_factor of at most that, or another time_attr.",
+                found["max_t"],
+                unit,
+            )
     return found
 
 

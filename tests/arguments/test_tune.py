@@ -82,6 +82,21 @@ def test_a_scheduler_has_its_own_settings():
     assert sweep({"search": RATES, "scheduler": "median"}).scheduler.settings["hard_stop"] is True
 
 
+@pytest.mark.parametrize(
+    ("settings", "keys"),
+    [
+        ({"time_attr": "time_total_s", "max_t": 60}, {}),
+        ({"time_attr": "epoch"}, {"num_train_epochs": 3}),
+        ({"time_attr": "epoch", "reduction_factor": 2}, {"num_train_epochs": 2}),
+        ({"time_attr": "epoch"}, {"num_train_epochs": 1, "max_steps": 90}),
+        ({}, {"num_train_epochs": 1}),
+    ],
+)
+def test_hyperband_is_taken_where_it_may_compare(settings, keys):
+    section = {"search": RATES, "scheduler": {"hyperband": settings}}
+    assert sweep(section, **keys).scheduler.kind == "hyperband"
+
+
 def test_the_section_may_be_json_on_the_command_line():
     words = ['tune={"search": {"learning_rate": {"loguniform": [1e-05, 0.001]}}}']
     [dimension] = sweep_of(load(RUN, words, environ={})).space.dimensions
@@ -113,6 +128,23 @@ REFUSED = [
     ({"search": RATES, "scheduler": {"asha": {"max_t": 0}}}, {}, "max_t=0 is wrong"),
     ({"search": RATES, "scheduler": {"median": {"metric": "x"}}}, {}, "Write metric beside"),
     ({"search": RATES, "scheduler": {"none": {"max_t": 3}}}, {}, "It takes none"),
+    (
+        {"search": RATES, "scheduler": {"asha": {"max_t": 20, "grace_period": 50}}},
+        {},
+        "grace_period=50 is behind max_t=20",
+    ),
+    (
+        {"search": RATES, "scheduler": {"hyperband": {"time_attr": "time_total_s"}}},
+        {},
+        "Write max_t: the seconds",
+    ),
+    (
+        {"search": RATES, "scheduler": {"hyperband": {"time_attr": "epoch"}}},
+        {"num_train_epochs": 1},
+        "with num_train_epochs=1 and reduction_factor=3 there is nothing before the end",
+    ),
+    ({"search": RATES, "scheduler": {"hyperband": {"max_t": 2}}}, {}, "with max_t=2"),
+    ({"search": RATES, "scheduler": "hyperband"}, {"max_steps": 2}, "with max_steps=2"),
     # keys
     ({"search": {"learning_rat": {"choice": [1]}}}, {}, "Did you mean learning_rate?"),
     ({"variants": [{"learning_rat": 1}]}, {}, "Did you mean learning_rate?"),

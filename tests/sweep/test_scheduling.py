@@ -1,8 +1,10 @@
 """Where a scheduler compares trials of a run, and how many steps it leaves."""
 
 import pytest
+from ray.tune.schedulers import HyperBandScheduler
 from sweeps import sweep
 
+from llmray.orchestration.verdicts import Report, Verdicts
 from llmray.sweep.scheduling import Length, expected_steps, length_by_rows, rungs, settings
 
 LENGTH = Length(total_steps=80, steps_per_epoch=40, eval_steps=5)
@@ -42,6 +44,36 @@ def test_other_schedulers_get_what_they_take():
     given = scheduler({"hyperband": {"max_t": 40}})
     assert settings(given, LENGTH)["stop_last_trials"] is True
     assert "grace_period" not in settings(scheduler("hyperband"), LENGTH)
+
+
+@pytest.mark.parametrize("max_t", [1, 3, 5, 20, 50])
+def test_an_end_before_the_first_evaluation_is_taken_by_the_scheduler(max_t):
+    found = settings(scheduler({"asha": {"max_t": max_t}}), Length(40, 40, 10))
+    judge = Verdicts("asha", found, metric="eval_loss", mode="min", seed=0)
+    judge.add("a")
+    said = judge.judge("a", Report(10, 0.25, 1.0, 2.0))
+    assert said == ("stop" if max_t <= 10 else "go on")
+
+
+def test_hyperband_that_compares_nothing_is_said_as_soon_as_the_length_is_known(caplog):
+    given = {"hyperband": {"time_attr": "epoch"}}
+    one = sweep({"search": RATES, "scheduler": given}, max_steps=40)[1].scheduler
+    settings(one, Length(120, 40, 5))
+    assert not caplog.records
+    settings(one, Length(40, 40, 5))
+    assert "hyperband compares no trials: with max_t=1, of epoch" in caplog.text
+
+
+@pytest.mark.parametrize("reduction_factor", [1.5, 2, 3, 4])
+@pytest.mark.parametrize("max_t", [1, 2, 3, 4, 5, 8])
+def test_hyperband_has_a_border_from_the_reduction_factor_on(max_t, reduction_factor):
+    """As many trials as its first rounds hold, of which one lies in a bracket that halves."""
+    found = {"time_attr": "epoch", "max_t": max_t, "reduction_factor": reduction_factor}
+    ray = HyperBandScheduler(metric="m", mode="min", **found)
+    for number in range(40):
+        ray.on_trial_add(None, number)
+    halves = any(b is not None and b._halves for band in ray._hyperbands for b in band)
+    assert halves == (max_t >= reduction_factor)
 
 
 @pytest.mark.parametrize(
