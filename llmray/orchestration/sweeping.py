@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from llmray.arguments.tune import Sweep
 from llmray.errors import LlmrayError, TrainingError
-from llmray.model.mapped import Load
 from llmray.orchestration import ledger
 from llmray.orchestration.board import Job, Message
 from llmray.orchestration.ledger import Entry
 from llmray.orchestration.plan import Placement
 from llmray.orchestration.searching import Searcher, Values
 from llmray.orchestration.slots import Slot
+from llmray.orchestration.spent import Spent
 from llmray.orchestration.trial_board import Look
 from llmray.orchestration.verdicts import Report, Verdict, Verdicts
 from llmray.stop_signals import EXIT_CODES, StopSignals
@@ -57,16 +57,6 @@ class Plan:
     run: RunArguments
     shape: Shape
     job: Job
-
-
-@dataclass
-class Spent:
-    """Seconds of all slots, to say what a sweep costs beside its trials."""
-
-    starting: list[float] = field(default_factory=list)  # of each slot, until workers asked
-    busy: float = 0.0  # trials, from first line to last
-    between: float = 0.0  # slots whose workers waited for a trial
-    loads: list[tuple[str, Load]] = field(default_factory=list)  # of base weights, by node
 
 
 @dataclass
@@ -362,7 +352,7 @@ class Sweeping:
     def _lose(self, slot: Slot, entry: Entry | None, look: Look) -> None:
         """A group of workers is gone."""
         self._slots.remove(slot)
-        self._note(look)
+        self.spent.note(look)
         if slot.is_closed and entry is None:
             return
         loss = slot.loss(look)
@@ -457,14 +447,6 @@ class Sweeping:
             self._said = time.monotonic()
             self.say()
 
-    def _note(self, look: Look) -> None:
-        """Add a slot's seconds to those of the sweep."""
-        self.spent.busy += look.busy_s
-        self.spent.between += look.idle_s
-        self.spent.loads += look.loads
-        if look.asked_after_s is not None:
-            self.spent.starting.append(look.asked_after_s)
-
     def _end(self) -> None:
         """Let all workers go, and end those that do not."""
         for slot in self._slots:
@@ -474,7 +456,7 @@ class Sweeping:
         for slot in self._slots:
             if slot.trial or not slot.wait(max(0.0, deadline - time.monotonic())):
                 slot.end()
-            self._note(slot.look())
+            self.spent.note(slot.look())
         self._slots.clear()
 
 

@@ -30,9 +30,7 @@ from llmray import store
 from llmray.arguments import reward_sets
 from llmray.arguments.cluster import ClusterArguments
 from llmray.arguments.tune import Sweep, sweep_of
-from llmray.data.prepared import PreparedRef
 from llmray.errors import ClusterError
-from llmray.model.mapped import Load
 from llmray.orchestration import actors, cluster, ledger, prepare_job, train_job
 from llmray.orchestration import board as boards
 from llmray.orchestration.board import Job, Message
@@ -162,7 +160,9 @@ class _Driver:
                 stopped = loop.run()
             finally:
                 self._leave_outputs()
-        self._say_spent(loop)
+        ran = sum(1 for entry in self.entries.values() if entry.attempts)
+        for line in loop.spent.lines(ran, self.prepared.values()):
+            log.info("%s", line)
         if stopped not in EXIT_CODES:
             results.refuse_failure(self._failures(stopped))
         return exit_code(stopped)
@@ -413,46 +413,6 @@ class _Driver:
         """All trials; where the rest was given up, those alone that failed before."""
         found = self._results()
         return [one for one in found if one.state == "failed"] if stopped == ALIKE else found
-
-    def _say_spent(self, loop: Sweeping) -> None:
-        """What the sweep took beside its trials, and what they shared."""
-        spent, refs = loop.spent, self.prepared.values()
-        sets = {ref.key for ref in refs}
-        rows = sum(ref.num_built for ref in refs if isinstance(ref, PreparedRef))
-        ran = sum(1 for entry in self.entries.values() if entry.attempts)
-        log.info(
-            "data: %d prepared set(s) for %d trials, %d rows tokenized for this",
-            len(sets),
-            ran,
-            rows,
-        )
-        for address in sorted({address for address, _ in spent.loads}):
-            log.info("%s", described_loads(address, [x for a, x in spent.loads if a == address]))
-        if spent.starting and spent.busy:
-            log.info(
-                "workers: %d group(s), ready after %.1f s at most; %.1f s in trials, %.1f s "
-                "between them (%.1f %%)",
-                len(spent.starting),
-                max(spent.starting),
-                spent.busy,
-                spent.between,
-                100 * spent.between / spent.busy,
-            )
-
-
-def described_loads(address: str, loads: Sequence[Load]) -> str:
-    """How often a node's memory holds base weights, in words."""
-    largest = {load.directory: load.num_mapped for load in loads if load.num_mapped}
-    shared, copied = sum(largest.values()), sum(load.num_bytes - load.num_mapped for load in loads)
-    return (
-        f"base weights on {address}: {len(loads)} loads; {_mib(shared)} mapped once and "
-        f"shared by them, {_mib(copied)} copied by all together"
-    )
-
-
-def _mib(num_bytes: int) -> str:
-    number = num_bytes / 2**20
-    return f"{number:.0f} MiB" if number >= 10 or not number else f"{number:.2f} MiB"
 
 
 def _trial(entry: Entry) -> Trial:

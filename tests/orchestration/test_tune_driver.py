@@ -8,7 +8,6 @@ from llmray.arguments import reward_sets
 from llmray.arguments.loading import load
 from llmray.arguments.tune import sweep_of
 from llmray.errors import ClusterError, RewardError
-from llmray.model.mapped import Load
 from llmray.orchestration import actors, tune_job
 from llmray.orchestration.board import Message
 from llmray.orchestration.ledger import Entry
@@ -91,17 +90,6 @@ def test_what_outputs_show_of_an_entry():
     assert (tune_job._result(entry).state, tune_job._result(entry).error) == ("failed", "loss=nan")
     entry.state, entry.cause = "stopped", "time_budget_s"
     assert tune_job._result(entry).state == "out of time"
-
-
-def test_weights_that_are_mapped_count_once_on_a_node():
-    loads = [Load("/m", 100 * 2**20, 100 * 2**20)] * 3 + [Load("/m", 50 * 2**20, 0)]
-    assert tune_job.described_loads("10.0.0.1", loads) == (
-        "base weights on 10.0.0.1: 4 loads; 100 MiB mapped once and shared by them, 50 MiB copied "
-        "by all together"
-    )
-    small = [Load("/m", 60_000, 60_000), Load("/m", 30_000, 0)]
-    told = tune_job.described_loads("10.0.0.1", small)
-    assert "0.06 MiB mapped once and shared by them, 0.03 MiB copied" in told
 
 
 PPO = {
