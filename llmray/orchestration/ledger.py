@@ -61,6 +61,7 @@ class Entry:
     attempts: int = 0
     failures: int = 0  # how often its workers were lost
     cause: str | None = None  # why it stopped early or failed
+    is_left: bool = False  # whether its files are where results lie
 
     @property
     def is_over(self) -> bool:

@@ -240,7 +240,14 @@ class Sweeping:
         return found
 
     def _recall(self) -> None:
-        """Judge again what trials reported before a restart, so that each waits as it did."""
+        """Go on where an earlier driver ended.
+
+        Files that it did not come to copy are; what trials reported is judged again, so that each
+        waits as it did.
+        """
+        for entry in self.entries.values():
+            if entry.is_over and not entry.is_left:
+                self._leave_behind(entry)
         past = ledger.told(self.entries.values())
         if not past:
             return
@@ -340,14 +347,20 @@ class Sweeping:
             self._alike = True
 
     def _close_entry(self, entry: Entry, state: Any, cause: str | None) -> None:
-        entry.state, entry.cause = state, cause
+        entry.state, entry.cause, entry.is_left = state, cause, False
         if self._verdicts is not None:
             self._verdicts.ended(entry.name, failed=state == "failed")
         self.searcher.tell(entry)
         entry.write()
-        self.settled(entry)
+        self._leave_behind(entry)
         self._put_out()
         self._said = -math.inf
+
+    def _leave_behind(self, entry: Entry) -> None:
+        """Have the files of a trial that is over copied, and note that they are."""
+        self.settled(entry)
+        entry.is_left = True
+        entry.write()
 
     def _lose(self, slot: Slot, entry: Entry | None, look: Look) -> None:
         """A group of workers is gone."""

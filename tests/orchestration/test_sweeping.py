@@ -117,7 +117,7 @@ class Site:
         self.dies_when_told = set()  # to stop, or to pause
         self.dies_once, self.why = True, TrainingError("loss=nan")
         self.loss = Loss("rank 0 died")
-        self.entries = {}
+        self.entries, self.is_full = {}, False
         self.signals = StopSignals()
         self.num_slots = 0
         for value in values:
@@ -156,10 +156,16 @@ class Site:
             max_failures=max_failures,
             signals=self.signals,
             say=lambda: None,
-            settled=lambda entry: self.over.append(entry.name),
+            settled=self.settled,
             heard=heard or (lambda entry, message: None),
         )
         return self.loop.run()
+
+    def settled(self, entry):
+        if self.is_full:
+            self.is_full = False
+            raise StoreError("no space left")
+        self.over.append(entry.name)
 
     def states(self):
         return [entry.state for entry in self.entries.values()]
@@ -428,6 +434,27 @@ def test_finished_trials_are_not_run_again(site):
     site.given.clear()
     site.sweep()
     assert [name for name, _ in site.given] == ["trial_003"]
+
+
+def test_files_that_could_not_be_copied_are_copied_when_the_sweep_goes_on(site):
+    """A full disk, or the driver's end, after a trial was noted as over."""
+    site.is_full = True
+    with pytest.raises(StoreError, match="no space left"):
+        site.sweep()
+    kept = {name: ledger.read(str(site.directory / name)) for name in site.entries}
+    [name] = [name for name, entry in kept.items() if entry and entry.is_over]
+    assert (kept[name].state, kept[name].is_left) == ("done", False)
+    site.entries |= {n: e for n, e in kept.items() if e}
+    for entry in site.entries.values():
+        entry.state = "pending" if entry.state == "running" else entry.state
+    site.given.clear()
+    site.sweep()
+    assert name not in dict(site.given), "it is not trained again"
+    assert sorted(site.over) == sorted(site.entries)
+    assert ledger.read(str(site.directory / name)).is_left
+    site.over.clear()
+    site.sweep()
+    assert site.over == [], "what is there is not copied again"
 
 
 def test_trials_of_another_shape_get_workers_of_their_own(site):

@@ -1,9 +1,11 @@
 """The driver of a sweep without a cluster: how many trials at a time, lines, what outputs show."""
 
+import json
 import logging
 
 import pytest
 
+from llmray import store
 from llmray.arguments import reward_sets
 from llmray.arguments.loading import load
 from llmray.arguments.tune import sweep_of
@@ -13,6 +15,7 @@ from llmray.orchestration.board import Message
 from llmray.orchestration.ledger import Entry
 from llmray.orchestration.plan import Inventory, Node, left_beside
 from llmray.orchestration.reward_actor import Seat
+from llmray.orchestration.searching import Listed
 from llmray.orchestration.train_job import DriverSignals
 from llmray.orchestration.verdicts import Report
 from llmray.sweep.trials import run_of, runs_by_rewards, trials_of
@@ -90,6 +93,28 @@ def test_what_outputs_show_of_an_entry():
     assert (tune_job._result(entry).state, tune_job._result(entry).error) == ("failed", "loss=nan")
     entry.state, entry.cause = "stopped", "time_budget_s"
     assert tune_job._result(entry).state == "out of time"
+
+
+def test_an_end_that_the_driver_did_not_live_to_see_leaves_its_files(tmp_path):
+    """The workers wrote all of it to storage, and the driver was gone before it looked."""
+    found = driver(tmp_path, cores=1)
+    found._open_ledger(resumes=False)
+    entry = found.entries["trial_001"]
+    entry.state = "running"
+    entry.write()
+    record = {"current_steps": 4, "total_steps": 4, "eval_loss": 1.5}
+    for name, text in (
+        ("trainer_log.jsonl", json.dumps(record)),
+        ("all_results.json", '{"eval_loss": 1.5}'),
+        ("model.safetensors", "weights"),
+    ):
+        store.write_atomic(store.join(entry.run_dir, name), text)
+    again = driver(tmp_path, cores=1)
+    again._open_ledger(resumes=True)
+    again.entries = {"trial_001": again.entries["trial_001"]}
+    again._loop(Listed()).run()
+    assert again.entries["trial_001"].state == "done"
+    assert (tmp_path / "out" / "trial_001" / "model.safetensors").read_text() == "weights"
 
 
 PPO = {
