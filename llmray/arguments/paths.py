@@ -122,10 +122,7 @@ def _searched(section: Mapping[str, Any], starts: Sequence[Path]) -> dict[str, A
     found = dict(section)
     if "search" in found:
         found["search"] = {
-            key: {
-                kind: [_place(key, value, starts) for value in given] if kind in LISTS else given
-                for kind, given in distribution.items()
-            }
+            key: {kind: _places(key, kind, given, starts) for kind, given in distribution.items()}
             for key, distribution in found["search"].items()
         }
     if "variants" in found:
@@ -134,6 +131,15 @@ def _searched(section: Mapping[str, Any], starts: Sequence[Path]) -> dict[str, A
             for variant in found["variants"]
         ]
     return found
+
+
+def _places(key: str, kind: str, given: Any, starts: Sequence[Path]) -> Any:
+    """What stands under a word of a distribution, with the places that it lists absolute."""
+    if kind in LISTS:
+        return [_place(key, value, starts) for value in given]
+    if kind == "when":  # values of other keys, which are to be found among theirs
+        return {name: _place(name, value, starts) for name, value in given.items()}
+    return given
 
 
 def _place(key: str, value: Any, starts: Sequence[Path]) -> Any:

@@ -82,6 +82,7 @@ def broken(arguments: RunArguments, lay_over: LayOver) -> list[Problem]:
         *searched_values_are_right(arguments, lay_over),
         *hyperband_compares_trials(arguments),
         *loss_compares_trials(arguments),
+        *grids_are_whole(arguments),
         *draws_differ(arguments),
         *reward_models_are_known(arguments),
     ]
@@ -205,6 +206,23 @@ def loss_compares_trials(arguments: RunArguments) -> Iterator[Problem]:
         f"metric={sweep.metric} says nothing of trials that differ in {', '.join(changed)}: {why}. "
         f"{advice}"
     )
+
+
+def grids_are_whole(arguments: RunArguments) -> Iterator[Problem]:
+    """A grid beside drawn values is known before these are: no draw decides whether it counts."""
+    sweep = _sweep(arguments)
+    if sweep.searcher != "random":
+        return
+    drawn = {d.key for d in sweep.space.dimensions if d.distribution.kind != "grid"}
+    for dimension in sweep.space.dimensions:
+        above = sorted(drawn & set(dimension.when))
+        if dimension.distribution.kind == "grid" and above:
+            names_them = ", ".join(above)
+            yield _problem(
+                f"{dimension.key}: grid counts when {names_them} is as it says, which is drawn, so "
+                f"that not all of its values would be tried beside each. Write grid for "
+                f"{names_them}, or choice for {dimension.key}."
+            )
 
 
 def draws_differ(arguments: RunArguments) -> Iterator[Problem]:

@@ -134,3 +134,15 @@ def test_places_that_are_searched_become_absolute(tmp_path):
         {"dataset_dir": f"{tmp_path}/data"},
         {"dataset_dir": "/elsewhere", "lora_rank": 4},
     ]
+
+
+def test_conditions_name_places_as_they_are_searched(tmp_path):
+    search = {
+        "model_name_or_path": {"choice": ["./m/a", "./m/b"]},
+        "lora_rank": {"choice": [4, 8], "when": {"model_name_or_path": "./m/a"}},
+        "lora_alpha": {"choice": [4, 8], "when": {"model_name_or_path": ["./m/a", "./m/b"]}},
+    }
+    arguments = absolute(load(RUN | {"tune": {"search": search}}, environ={}), tmp_path)
+    found = [d.when.get("model_name_or_path") for d in sweep_of(arguments).space.dimensions]
+    one, two = f"{tmp_path}/m/a", f"{tmp_path}/m/b"
+    assert found == [None, (one,), (one, two)]

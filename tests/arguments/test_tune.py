@@ -5,6 +5,7 @@ import pytest
 from llmray.arguments.loading import load, replace
 from llmray.arguments.tune import sweep_of
 from llmray.errors import ArgumentsError
+from llmray.sweep.trials import trials_of
 
 RUN = {
     "model_name_or_path": "m",
@@ -95,6 +96,20 @@ def test_a_scheduler_has_its_own_settings():
 def test_hyperband_is_taken_where_it_may_compare(settings, keys):
     section = {"search": RATES, "scheduler": {"hyperband": settings}}
     assert sweep(section, **keys).scheduler.kind == "hyperband"
+
+
+@pytest.mark.parametrize(
+    ("kind", "rest"),
+    [("grid", {**RATES}), ("choice", {})],  # with a draw beside; all of it a grid
+)
+def test_a_grid_may_depend_on_what_is_no_draw(kind, rest):
+    search = {
+        "finetuning_type": {kind: ["lora", "freeze"]},
+        "lora_rank": {"grid": [4, 8], "when": {"finetuning_type": "lora"}},
+    }
+    found = trials_of(sweep({"search": search | rest, **({"num_samples": 2} if rest else {})}))
+    ranks = [trial.values.get("lora_rank") for trial in found]
+    assert sorted(str(rank) for rank in ranks) == sorted(["4", "8", "None"] * (2 if rest else 1))
 
 
 def test_the_section_may_be_json_on_the_command_line():
@@ -215,6 +230,19 @@ REFUSED = [
         {"search": {"pref_beta": {"choice": [0.1, 0.2]}}},
         {"stage": "kto"},
         "Stage kto logs nothing that compares them",
+    ),
+    # a grid that a draw decides on
+    (
+        {
+            "search": {
+                "finetuning_type": {"choice": ["lora", "freeze"]},
+                "lora_rank": {"grid": [4, 8], "when": {"finetuning_type": "lora"}},
+                **RATES,
+            },
+            "num_samples": 3,
+        },
+        {},
+        "Write grid for finetuning_type, or choice for lora_rank.",
     ),
     # numbers of trials
     ({"search": RATES, "searcher": "grid"}, {}, "a grid needs values that can be counted"),
