@@ -38,11 +38,15 @@ SHOWN_WITHIN_S = 5.0  # to ask an actor where it is
 
 @dataclass(frozen=True)
 class Pong:
-    """What an actor says of itself: where it is, and which of its lives this is."""
+    """What an actor says of itself: where it is, which of its lives this is, and if it gets on.
+
+    `quiet_s` is that of `Merging`.
+    """
 
     node_id: str
     address: str
     pid: int
+    quiet_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,9 @@ class RewardActor:
         """
         if self._merging is None:
             self._load()
-        self._loaded()
-        context = ray.get_runtime_context()
-        return Pong(context.get_node_id(), ray.util.get_node_ip_address(), os.getpid())
+        quiet_s = self._loaded().quiet_s
+        node_id = ray.get_runtime_context().get_node_id()
+        return Pong(node_id, ray.util.get_node_ip_address(), os.getpid(), quiet_s)
 
     def _loaded(self) -> Merging:
         if self._merging is None:
@@ -191,8 +195,9 @@ class ActorReward:
         elif found.pid == self._hung_pid:
             told.set_exception(HandleLost(f"{self.name} still hangs"))
         else:
-            self._pid, self.load = found.pid, 0
-            told.set_result(None)
+            if found.pid != self._pid:
+                self._pid, self.load = found.pid, 0
+            told.set_result(found.quiet_s)
 
 
 def as_ours(name: str, error: BaseException) -> BaseException:

@@ -48,9 +48,11 @@ class Handle(Protocol):
         load: tokens of other callers that waited there at its last answer.
         busy_s: seconds in which it has served this caller; None where it does not say so.
 
-    What scores has the methods `score(answers) -> list[float]` and `ping() -> None`. A future fails
-    with `HandleLost` where another handle may be tried, though what was asked may have been the
-    cause; with `HandleAway` where it was not; with anything else where the request is at fault.
+    What scores has the methods `score(answers) -> list[float]` and `ping() -> float | None`, the
+    seconds since it last finished something, of whatever caller; None where it has nothing to do,
+    and where it does not say. A future fails with `HandleLost` where another handle may be tried,
+    though what was asked may have been the cause; with `HandleAway` where it was not; with anything
+    else where the request is at fault.
     """
 
     name: str

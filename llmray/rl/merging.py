@@ -50,6 +50,8 @@ class Merging:
         self._waiting: deque[_Request] = deque()
         self._changed = Condition()
         self._is_closed = False
+        self._is_at_work = False
+        self._since = time.monotonic()  # it finished something, or got something to do
         self._thread = Thread(target=self._work, name="merging", daemon=True)
         self._thread.start()
 
@@ -58,9 +60,21 @@ class Merging:
         tokens = sum(answer.num_tokens for answer in answers)
         request = _Request(answers, caller, Future(), tokens)
         with self._changed:
+            if not self._waiting and not self._is_at_work:
+                self._since = time.monotonic()
             self._waiting.append(request)
             self._changed.notify()
         return request.future
+
+    @property
+    def quiet_s(self) -> float | None:
+        """Seconds since it finished something, or got something to do; None where it has nothing.
+
+        It hangs where they are many, however long a request has waited for its turn.
+        """
+        with self._changed:
+            has_work = bool(self._waiting) or self._is_at_work
+            return time.monotonic() - self._since if has_work else None
 
     def close(self) -> None:
         """End the thread; what still waits is cancelled."""
@@ -78,7 +92,10 @@ class Merging:
                 if self._is_closed:
                     return
                 together = self._take()
+                self._is_at_work = True
             self._score(together)
+            with self._changed:
+                self._is_at_work = False
 
     def _take(self) -> list[_Request]:
         together = [self._waiting.popleft()]
@@ -101,6 +118,8 @@ class Merging:
             for request in together:  # it is one's fault, not that of all
                 self._score([request])
             return
+        finally:
+            self._since = time.monotonic()
         seconds = time.perf_counter() - started
         tokens = max(1, sum(request.tokens for request in together))
         with self._changed:

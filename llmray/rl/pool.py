@@ -36,7 +36,8 @@ class PoolOptions:
         batching: of what waits when a handle is free (arrival), or of what was submitted together,
             in its order (fixed), so that nothing depends on when things happen.
         slots: batches that a handle is given at one time, one of which waits for the other.
-        request_timeout_s: without an answer for so long a handle hangs; may be infinite.
+        request_timeout_s: without an answer for so long a handle hangs, unless it says that it
+            finished something for others meanwhile; may be infinite.
         timeout_s: how long to wait where all handles are gone, or let in again only to be lost.
         max_attempts: after so many failures that may be its own fault an answer has no score;
             answers that were sent together are sent in halves then.
@@ -75,6 +76,8 @@ class _Member:
     handle: Handle
     calls: list[_Call] = field(default_factory=list)
     progress: float = 0.0  # when it last answered, or was given something while idle
+    alive: float = 0.0  # when it last finished something of another caller, as far as it said
+    asked: float = 0.0  # when it was last asked that
     is_out: bool = False
     probe: Future[Any] | None = None
     next_probe: float = 0.0
@@ -419,12 +422,26 @@ class Pool:
         member.is_out, member.probe, member.progress = False, None, time.monotonic()
         self._count(readmitted=1)
 
+    def _ask(self, member: _Member, now: float) -> None:
+        """Ask one that works for several callers whether it does, though none of it is for us."""
+        member.asked = now
+        with suppress(Exception):  # a boundary, as in `_send`
+            asked = member.handle.call("ping")
+            asked.add_done_callback(lambda done: self._events.put(lambda: self._told(member, done)))
+
+    def _told(self, member: _Member, done: Future[Any]) -> None:
+        quiet_s = None if done.cancelled() or done.exception() is not None else done.result()
+        if quiet_s is not None:
+            member.alive = max(member.alive, time.monotonic() - quiet_s)
+
     def _look_at_clock(self) -> None:
         """Do what is due: take out who hangs, ask who is out, give up where all are gone."""
         now, options = time.monotonic(), self._options
         for member in self._members:
             if member.calls and now >= self._deadline(member):
                 self._hung(member)
+            elif now >= self._ask_due(member):
+                self._ask(member, now)
             if member.is_out and now >= member.next_probe:
                 self._probe(member, now)
         if not self._waiting.pieces and not any(member.calls for member in self._members):
@@ -451,11 +468,19 @@ class Pool:
         """When a member counts as hung: without any answer, or one call long behind the others."""
         limit = self._options.request_timeout_s
         oldest = member.calls[0].started  # the others were sent later
-        return min(member.progress + limit, oldest + limit * self._options.slots)
+        without_word = min(member.progress + limit, oldest + limit * self._options.slots)
+        return max(without_word, member.alive + limit)
+
+    def _ask_due(self, member: _Member) -> float:
+        """When to ask a member that has not answered whether it gets on: well before it is late."""
+        limit = self._options.request_timeout_s
+        if not member.calls or member.is_out or math.isinf(limit):
+            return math.inf
+        return max(self._deadline(member) - limit / 2, member.asked + limit / 4)
 
     def _pause(self) -> float | None:
         """Seconds until something is due, None where nothing is."""
-        due = [self._deadline(m) for m in self._members if m.calls]
+        due = [min(self._deadline(m), self._ask_due(m)) for m in self._members if m.calls]
         due += [m.next_probe for m in self._members if m.is_out]
         if self._gone_since is not None and self._are_all_out():
             due.append(self._gone_since + self._options.timeout_s)

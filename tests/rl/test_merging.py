@@ -1,6 +1,7 @@
 """Requests of several callers, scored together."""
 
 import threading
+import time
 
 import pytest
 
@@ -82,3 +83,26 @@ def test_what_waits_at_the_end_is_cancelled(slow):
     slow.may_go_on.set()
     ending.join(60)
     assert waiting.cancelled()
+
+
+def test_how_long_nothing_was_finished(slow):
+    merging = Merging(slow, None)
+    assert merging.quiet_s is None
+    futures = [merging.submit(answers(1)), merging.submit(answers(13))]
+    assert slow.began.wait(60)
+    time.sleep(0.5)
+    before = merging.quiet_s
+    assert before >= 0.5
+    slow.began.clear()
+    slow.may_go_on.set()
+    assert futures[0].result(60).scores == [1.0]
+    assert futures[1].exception(60)
+    end = time.monotonic() + 60
+    while merging.quiet_s is not None:
+        assert time.monotonic() < end
+    slow.may_go_on.clear()
+    merging.submit(answers(2))
+    assert slow.began.wait(60)
+    assert merging.quiet_s < before  # from when it got something to do
+    slow.may_go_on.set()
+    merging.close()

@@ -10,6 +10,7 @@ from pool_handles import QUICK, Fake, answers, length, scored, wait_for
 
 from llmray.errors import RewardError
 from llmray.rl.handles import HandleAway, HandleLost
+from llmray.rl.merging import Merging
 from llmray.rl.pool import Pool, PoolOptions
 
 BAD = "13"
@@ -177,3 +178,74 @@ def test_the_wait_begins_anew_where_nobody_waited_in_between(pool):
     assert masked(scored(of, answers(1))) == [0]
     time.sleep(0.6)
     assert masked(scored(of, answers(1))) == [0]
+
+
+class Shared:
+    """A handle of one `Merging` that several callers ask, as actors are asked."""
+
+    load, busy_s = 0, None
+
+    def __init__(self, name, merging):
+        self.name, self.merging = name, merging
+        self.is_deaf = False
+
+    def call(self, method, *args):
+        told = Future()
+        if method == "ping":
+            told.set_result(self.merging.quiet_s)
+        elif not self.is_deaf:
+            asked = self.merging.submit(args[0], self.name)
+            asked.add_done_callback(lambda done: told.set_result(done.result().scores))
+        return told
+
+
+class Waits:
+    def __init__(self, seconds):
+        self.seconds, self.goes_on = seconds, threading.Event()
+
+    def score(self, asked):
+        if not self.goes_on.wait(self.seconds):
+            assert self.seconds < 60, "a test that went on too long"
+        return [length(answer) for answer in asked]
+
+
+def test_who_is_busy_with_the_requests_of_others_does_not_hang(pool):
+    """16 callers with 2 requests of 0.12 s each: the last ones have their turn after 3.8 s."""
+    merging = Merging(Waits(0.12), None)
+    pools = [
+        pool(Shared(str(i), merging), request_timeout_s=1.0, batch_tokens=10) for i in range(16)
+    ]
+    asked = [of.submit(answers(2)) for of in pools]
+    assert [future.result(300) for future in asked] == [[0.0, 1.0]] * 16
+    assert sum(of.counts.evicted for of in pools) == 0
+    merging.close()
+
+
+def test_who_finishes_nothing_for_anyone_hangs(pool):
+    served = Waits(600)
+    merging, evicted = Merging(served, None), []
+    handles = [Shared("one", merging), Shared("other", merging)]
+    pools = [
+        pool(h, request_timeout_s=0.4, on_evict=lambda *told: evicted.append(told)) for h in handles
+    ]
+    started = time.perf_counter()
+    asked = [of.submit(answers(2)) for of in pools]
+    wait_for(lambda: len(evicted) == 2)
+    assert 0.35 < time.perf_counter() - started < 60
+    assert {reason for _, reason in evicted} == {"hung"}
+    served.goes_on.set()
+    assert [future.result(300) for future in asked] == [[0.0, 1.0]] * 2
+    merging.close()
+
+
+def test_who_has_nothing_to_do_and_does_not_answer_hangs(pool):
+    """What it was asked is lost: it will not come."""
+    merging = Merging(Waits(0.0), None)
+    of = pool(Shared("deaf", merging), request_timeout_s=0.4)
+    assert scored(of, answers(1)) == [0.0]
+    of._members[0].handle.is_deaf = True
+    future = of.submit(answers(1))
+    wait_for(lambda: of.counts.evicted)
+    of._members[0].handle.is_deaf = False
+    assert future.result(300) == [0.0]
+    merging.close()
