@@ -14,6 +14,7 @@ from logging import getLogger
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmray import store
+from llmray.arguments.tune import resolve
 from llmray.errors import CheckpointError, StoreError
 from llmray.orchestration.verdicts import Report
 from llmray.train import checkpoint
@@ -229,6 +230,7 @@ def _described(arguments: RunArguments) -> dict[str, Any]:
     flat = {key: value for key, value in arguments.flat().items() if key not in MAY_CHANGE}
     section = arguments.tune.tune or {}
     told = {key: value for key, value in section.items() if key not in MAY_CHANGE_IN_TUNE}
+    told["searcher"] = resolve(arguments)[0].searcher  # not given, it hangs on num_samples
     described: dict[str, Any] = json.loads(json.dumps({**flat, "tune": told}, default=str))
     return described
 

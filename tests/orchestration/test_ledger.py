@@ -102,6 +102,16 @@ def test_another_sweep_is_not_gone_on_with(tmp_path):
         ledger.resume(str(tmp_path), arguments({**SECTION, "seed": 3}), "eval_loss")
 
 
+def test_another_searcher_that_follows_from_another_number_is_another_sweep(tmp_path):
+    listed = {"search": {"lora_rank": {"choice": [4, 8]}}}
+    ledger.begin(str(tmp_path), arguments({**listed, "num_samples": 1}))
+    assert ledger.resume(str(tmp_path), arguments({**listed, "num_samples": 2}), "eval_loss") == {}
+    named = arguments({**listed, "num_samples": 2, "searcher": "random"})
+    assert ledger.resume(str(tmp_path), named, "eval_loss") == {}
+    with pytest.raises(CheckpointError, match=r"'random'.* there, .*'grid'.* here"):
+        ledger.resume(str(tmp_path), arguments(listed), "eval_loss")
+
+
 def test_going_on_with_nothing_is_a_beginning(tmp_path):
     assert ledger.resume(str(tmp_path), arguments(), "eval_loss") == {}
     assert (tmp_path / "sweep.json").is_file()
