@@ -69,7 +69,7 @@ class Sweeping:
         searcher: where more come from.
         plan_of: makes a trial ready; called once for each attempt of the sweep.
         new_entry: an entry for values that the searcher proposes.
-        settings_of: the scheduler's settings for trials like one with so many updates an epoch.
+        settings_of: the scheduler's settings, asked for once a trial's data is there.
         open_slot: starts a group of workers for a plan.
         at_once: how many groups at most.
         max_failures: of one trial; -1 for any number.
@@ -84,7 +84,7 @@ class Sweeping:
     searcher: Searcher
     plan_of: Callable[[Entry], Plan]
     new_entry: Callable[[Values], Entry]
-    settings_of: Callable[[Entry, int], Mapping[str, Any]]
+    settings_of: Callable[[], Mapping[str, Any]]
     open_slot: Callable[[int, Plan], Slot]
     at_once: int
     max_failures: int
@@ -211,21 +211,20 @@ class Sweeping:
         known = len(entry.reports)
         self._order += ledger.recover(entry, self.sweep.metric, step, self._order)
         for report in entry.reports[known:]:
-            said = self._require_verdicts(entry, report).judge(entry.name, report)
+            said = self._require_verdicts().judge(entry.name, report)
             if said != "go on" and report.step < entry.total_steps:
                 slot.stop(ENDS[said])
                 break
         self._put_out()
 
-    def _require_verdicts(self, entry: Entry, report: Report) -> Verdicts:
-        """The scheduler, made at the first report, which says how long an epoch is."""
+    def _require_verdicts(self) -> Verdicts:
+        """The scheduler, made at the first report."""
         if self._verdicts is not None:
             return self._verdicts
         sweep = self.sweep
-        per_epoch = max(1, round(report.step / max(report.epoch, 1e-6)))
         found = self._verdicts = Verdicts(
             sweep.scheduler.kind,
-            self.settings_of(entry, per_epoch),
+            self.settings_of(),
             metric=sweep.metric,
             mode=sweep.mode,
             seed=sweep.seed,
@@ -251,7 +250,7 @@ class Sweeping:
         past = ledger.told(self.entries.values())
         if not past:
             return
-        found = self._require_verdicts(*past[0])
+        found = self._require_verdicts()
         found.replay((entry.name, report) for entry, report in past)
         for entry in self.entries.values():
             if entry.is_over:
@@ -284,7 +283,7 @@ class Sweeping:
         if entry.step == 0:  # before anything was learned
             slot.judge(None)
             return
-        said = self._require_verdicts(entry, report).judge(entry.name, report)
+        said = self._require_verdicts().judge(entry.name, report)
         is_last = entry.step >= entry.total_steps
         reason = None if said == "go on" else ENDS[said]
         slot.judge(None if is_last else reason)

@@ -30,6 +30,7 @@ from llmray import store
 from llmray.arguments import reward_sets
 from llmray.arguments.cluster import ClusterArguments
 from llmray.arguments.tune import Sweep, sweep_of
+from llmray.data.prepared import PreparedRef
 from llmray.errors import ClusterError
 from llmray.orchestration import actors, cluster, ledger, prepare_job, train_job
 from llmray.orchestration import board as boards
@@ -58,7 +59,7 @@ from llmray.orchestration.sweeping import (
 from llmray.orchestration.train_job import DriverSignals, Stopped
 from llmray.stop_signals import EXIT_CODES
 from llmray.sweep import report, results, scheduling
-from llmray.sweep.scheduling import Length
+from llmray.sweep.lengths import lengths_at_ends, lengths_of
 from llmray.sweep.trials import (
     Trial,
     is_possible,
@@ -69,7 +70,6 @@ from llmray.sweep.trials import (
     sweep_name,
     trials_of,
 )
-from llmray.train.loop import cadence
 from llmray.train.observers import describe
 
 if TYPE_CHECKING:
@@ -334,11 +334,18 @@ class _Driver:
         )
         return Plan(run, Shape(placement, tuple(flat[key] for key in OF_PROCESS)), job)
 
-    def _settings(self, entry: Entry, steps_per_epoch: int) -> dict[str, Any]:
-        found = cadence(run_of(self.arguments, _trial(entry)).training, steps_per_epoch)
-        every = found.eval_steps or found.total_steps
-        length = Length(found.total_steps, steps_per_epoch, every)
-        return scheduling.settings(self.sweep.scheduler, length)
+    def _settings(self) -> dict[str, Any]:
+        """The scheduler's settings, within which all trials lie."""
+        if self.sweep.scheduler.kind == "none":
+            return {}
+        runs = [run_of(self.arguments, _trial(entry)) for entry in self.entries.values()]
+        refs = [self._data(run) for run in runs]
+        rows = [ref.num_train if isinstance(ref, PreparedRef) else None for ref in refs]
+        known = lengths_of(zip(runs, rows, strict=True))
+        if self.sweep.searcher == "optuna":
+            most = max((number for number in rows if number is not None), default=None)
+            known += lengths_at_ends(self.arguments, self.sweep, most)
+        return scheduling.settings(self.sweep.scheduler, *known)
 
     def _open_slot(self, number: int, plan: Plan) -> Slot:
         slot = Slot(

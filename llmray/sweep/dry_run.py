@@ -23,6 +23,7 @@ from llmray.arguments.space import Dimension, Values
 from llmray.arguments.tune import Sweep, sweep_of
 from llmray.model.architecture import UnknownSizesError
 from llmray.model.memory import Estimate, estimate_for, gigabytes
+from llmray.sweep.lengths import lengths_at_ends
 from llmray.sweep.report import aligned
 from llmray.sweep.results import TABLE
 from llmray.sweep.scheduling import Length, expected_steps, length_by_rows, rungs, settings
@@ -46,14 +47,15 @@ class Plan:
 
     `trials` are those that are listed, or one for each end of each range where a searcher chooses.
     `rows` has the rows to train on by the key of each prepared data set, None where it is yet to be
-    prepared; `lengths` the length of each trial, as far as its rows are known. `rewards` are the
-    reward models that stay for the whole sweep.
+    prepared; `lengths` the length of each trial, as far as its rows are known, and `chosen` those
+    that a searcher may come to. `rewards` are the reward models that stay for the whole sweep.
     """
 
     num_trials: int
     trials: Sequence[Trial]
     rows: Mapping[str, int | None]
     lengths: Mapping[str, Length]
+    chosen: Sequence[Length]
     memory: Mapping[str, Estimate]
     rewards: Sequence[RewardSet]
 
@@ -91,10 +93,12 @@ def plan(base: RunArguments, sweep: Sweep, *, root: Path) -> Plan:
         for name in names
         if (length := length_by_rows(runs[name], rows[key])) is not None
     }
+    most = max((number for number in rows.values() if number is not None), default=None)
+    chosen = lengths_at_ends(base, sweep, most) if asks else []
     memory = {name: found for name, run in runs.items() if (found := _memory(run)) is not None}
     number = sweep.num_samples if asks else len(trials)
     rewards = reward_sets.of_runs(runs_by_rewards(base, sweep))
-    return Plan(number, trials, rows, lengths, memory, rewards)
+    return Plan(number, trials, rows, lengths, chosen, memory, rewards)
 
 
 def text(base: RunArguments, sweep: Sweep, found: Plan) -> str:
@@ -160,7 +164,7 @@ def _scheduler(sweep: Sweep, found: Plan) -> str:
         return "none: every trial is trained to its end"
     if not found.lengths:
         return f"{kind}: its settings follow from the steps of a trial"
-    set_to = settings(sweep.scheduler, next(iter(found.lengths.values())))
+    set_to = settings(sweep.scheduler, *found.lengths.values(), *found.chosen)
     said = ", ".join(f"{key} {shown(value)}" for key, value in set_to.items())
     where = (
         f"; compares at {', '.join(f'{at:g}' for at in rungs(set_to))}" if kind == "asha" else ""
@@ -232,11 +236,7 @@ def _all_steps(sweep: Sweep, found: Plan) -> tuple[float, float]:
     lengths = list(found.lengths.values())
     share = found.num_trials / len(lengths)
     whole = share * sum(length.total_steps for length in lengths)
-    kept = share * sum(
-        expected_steps(sweep.scheduler, found.num_trials, length) / found.num_trials
-        for length in lengths
-    )
-    return whole, kept
+    return whole, share * expected_steps(sweep.scheduler, lengths)
 
 
 def _most_memory(found: Plan) -> str:

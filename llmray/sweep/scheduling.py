@@ -6,6 +6,7 @@ before anything was evaluated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from typing import Any
@@ -28,25 +29,26 @@ class Length:
     eval_steps: int
 
 
-def settings(scheduler: Scheduler, length: Length) -> dict[str, Any]:
+def settings(scheduler: Scheduler, *lengths: Length) -> dict[str, Any]:
     """The settings by Ray Tune's names, with `max_t` and `grace_period` where none are given.
 
     Args:
         scheduler: of the sweep.
-        length: of a trial, in which time_attr counts; seconds are not known, so that a scheduler
-            that counts them starts at 1 and has no end.
+        lengths: of its trials, in which time_attr counts: the longest ends it, and the first to be
+            evaluated begins it. Seconds are not known, so that a scheduler that counts them starts
+            at 1 and has no end.
     """
     found = dict(scheduler.settings)
     if scheduler.kind == "none":
         return found
     unit = found["time_attr"]
     first: float = {
-        "current_steps": length.eval_steps,
-        "epoch": length.eval_steps / length.steps_per_epoch,
+        "current_steps": min(length.eval_steps for length in lengths),
+        "epoch": min(length.eval_steps / length.steps_per_epoch for length in lengths),
     }.get(unit, 1.0)
     end: float = {
-        "current_steps": length.total_steps,
-        "epoch": length.total_steps / length.steps_per_epoch,
+        "current_steps": max(length.total_steps for length in lengths),
+        "epoch": max(length.total_steps / length.steps_per_epoch for length in lengths),
     }.get(unit, float(10**9))
     if scheduler.kind in ("asha", "median"):
         # where a trial ends before it was evaluated, its first evaluation is its end
@@ -126,20 +128,22 @@ def rungs(found: dict[str, Any]) -> list[float]:
     return stands
 
 
-def expected_steps(scheduler: Scheduler, num_trials: int, length: Length) -> float:
-    """The updates of all trials together that a scheduler leaves, as it is meant to.
+def expected_steps(scheduler: Scheduler, lengths: Sequence[Length]) -> float:
+    """The updates of trials so long together that a scheduler leaves, as it is meant to.
 
     Of halving: all trials reach the first rung, one of `reduction_factor` the next, and so on. What
     the others leave depends on the trials; all steps are counted.
     """
-    whole = float(num_trials * length.total_steps)
+    whole = float(sum(length.total_steps for length in lengths))
     if scheduler.kind != "asha" or scheduler.settings["time_attr"] == "time_total_s":
         return whole
-    found = settings(scheduler, length)
-    per_unit = length.steps_per_epoch if found["time_attr"] == "epoch" else 1
-    stands = [*rungs(found), float(found["max_t"])]
-    steps, before, left = 0.0, 0.0, float(num_trials)
-    for stand in stands:
-        steps += left * (stand - before) * per_unit
+    found = settings(scheduler, *lengths)
+    by_epoch = found["time_attr"] == "epoch"
+    steps, before, left = 0.0, 0.0, 1.0
+    for stand in [*rungs(found), float(found["max_t"])]:
+        for length in lengths:
+            per_unit = length.steps_per_epoch if by_epoch else 1
+            first, last = (min(at * per_unit, length.total_steps) for at in (before, stand))
+            steps += left * (last - first)
         before, left = stand, left / found["reduction_factor"]
-    return min(whole, steps)
+    return steps

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,13 +103,17 @@ def runs_by_rewards(base: RunArguments, sweep: Sweep) -> list[RunArguments]:
     if sweep.searcher != "optuna":
         return [run_of(base, trial) for trial in trials_of(sweep)]
     space = reward_sets.space_of(sweep.space)
-    points = [space.assemble(partial(_value_at, chosen)) for chosen in space.grid()]
-    return [_laid_over(base, Trial(1, values))[0] for values in points]
+    return runs_with(base, [space.assemble(partial(_value_at, at)) for at in space.grid()])
 
 
 def runs_at_ends(base: RunArguments, sweep: Sweep) -> list[RunArguments]:
     """Runs with each end of each range and each choice of a sweep, one at a time."""
-    return [_laid_over(base, Trial(1, values))[0] for _, values in sweep.space.probes()]
+    return runs_with(base, [values for _, values in sweep.space.probes()])
+
+
+def runs_with(base: RunArguments, points: Iterable[Values]) -> list[RunArguments]:
+    """Runs with these values each, whether or not all of them go together."""
+    return [_laid_over(base, Trial(1, values))[0] for values in points]
 
 
 def _value_at(chosen: Mapping[str, Any], key: str, found: Distribution) -> Any:

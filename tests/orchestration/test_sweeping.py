@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from llmray import store
 from llmray.arguments.space import parse
 from llmray.arguments.tune import Scheduler, Sweep
 from llmray.errors import StoreError, TrainingError
@@ -133,8 +134,7 @@ class Site:
     def shape(self, entry):
         return Shape(Placement(1, {"CPU": 1.0}, "PACK"), ())
 
-    def settings_of(self, entry, steps_per_epoch):
-        assert steps_per_epoch == 10
+    def settings_of(self):
         settings = dict(self.loop.sweep.scheduler.settings)
         end = {} if self.loop.sweep.scheduler.kind == "median" else {"max_t": STEPS}
         return {"time_attr": "current_steps", **end, **settings}
@@ -173,7 +173,8 @@ class Site:
 
 @pytest.fixture(autouse=True)
 def bounded(monkeypatch):
-    """No sweep waits, and none goes on for ever."""
+    """No sweep waits, also not for the disk, and none goes on for ever."""
+    monkeypatch.setattr(store.os, "fsync", lambda number: None)
     polls = iter(range(10_000))
 
     def sleep(seconds):

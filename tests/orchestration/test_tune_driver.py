@@ -9,6 +9,7 @@ from llmray import store
 from llmray.arguments import reward_sets
 from llmray.arguments.loading import load
 from llmray.arguments.tune import sweep_of
+from llmray.data.prepared import PreparedRef
 from llmray.errors import ClusterError, RewardError
 from llmray.orchestration import actors, tune_job
 from llmray.orchestration.board import Message
@@ -115,6 +116,41 @@ def test_an_end_that_the_driver_did_not_live_to_see_leaves_its_files(tmp_path):
     again._loop(Listed()).run()
     assert again.entries["trial_001"].state == "done"
     assert (tmp_path / "out" / "trial_001" / "model.safetensors").read_text() == "weights"
+
+
+@pytest.mark.parametrize(
+    ("searcher", "search", "keys", "end", "first"),
+    [
+        # 320 rows in steps of 8 are 40 an epoch
+        ("grid", {"per_device_train_batch_size": {"grid": [8, 1]}}, {}, 320, 4),
+        ("grid", {"max_steps": {"grid": [20, 160]}, "eval_steps": {"grid": [10, 2]}}, {}, 160, 2),
+        ("grid", SEARCH, {"max_steps": 12}, 12, 4),
+        ("optuna", {"per_device_train_batch_size": {"randint": [1, 8]}}, {}, 320, 4),
+        (
+            "optuna",
+            {
+                "per_device_train_batch_size": {"choice": [8, 1]},
+                "num_train_epochs": {"choice": [1, 3]},
+                "learning_rate": {"uniform": [1e-5, 1e-4]},
+            },
+            {},
+            960,
+            4,
+        ),
+    ],
+)
+def test_a_scheduler_covers_the_longest_trial_and_the_first_evaluation(
+    tmp_path, searcher, search, keys, end, first
+):
+    given = {"gradient_accumulation_steps": 1, "num_train_epochs": 1, "eval_steps": 4, **keys}
+    tune = {"search": search, "scheduler": "asha", "searcher": searcher}
+    found = driver(tmp_path, tune=tune, **given)
+    found._data = lambda run: PreparedRef("p", "k", 320, 2, 1, 1)
+    found._open_ledger(resumes=False)
+    if searcher == "optuna":
+        found.entries["trial_001"] = found._new_entry({"per_device_train_batch_size": 8})
+    settings = found._settings()
+    assert (settings["grace_period"], settings["max_t"]) == (first, end)
 
 
 PPO = {

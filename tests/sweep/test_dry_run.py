@@ -70,6 +70,18 @@ def test_prepared_rows_decide_the_steps_and_halving_leaves_some(keys, tmp_path):
     assert facts["time"].startswith("0:01:00 at 2.00 s a step")
 
 
+@pytest.mark.parametrize("searcher", ["grid", "optuna"])
+def test_a_scheduler_is_set_for_the_longest_trial(keys, tmp_path, searcher):
+    search = {"max_steps": {"grid": [10, 40]}, "eval_steps": {"grid": [5, 2]}}
+    if searcher == "optuna":
+        search = {key: {"choice": found["grid"]} for key, found in search.items()}
+    section = {"search": search, "scheduler": "asha", "searcher": searcher}
+    base, found = sweep(section | ({"num_samples": 4} if searcher == "optuna" else {}), **keys)
+    facts, _ = told(base, found, tmp_path / "prepared")
+    assert "max_t 40" in facts["scheduler"]
+    assert facts["scheduler"].endswith("compares at 2, 8, 32")
+
+
 def test_data_that_differs_is_prepared_more_than_once(keys, tmp_path):
     section = {"search": {"cutoff_len": {"grid": [64, 128, 256]}}, "time_budget_s": 60}
     base, found = sweep(section, **{**keys, "max_steps": 10})

@@ -89,7 +89,28 @@ def test_hyperband_has_a_border_from_the_reduction_factor_on(max_t, reduction_fa
     ],
 )
 def test_halving_leaves_a_share_of_the_steps(given, steps):
-    assert expected_steps(scheduler(given), 16, LENGTH) == steps
+    assert expected_steps(scheduler(given), [LENGTH] * 16) == steps
+
+
+SHORT, LONG = Length(40, 40, 10), Length(320, 320, 5)
+
+
+@pytest.mark.parametrize("lengths", [(SHORT, LONG), (LONG, SHORT)])
+def test_trials_of_several_lengths_are_all_within_the_settings(lengths):
+    """Whichever reports first: the longest ends it, the first evaluation of all begins it."""
+    found = settings(scheduler("asha"), *lengths)
+    assert (found["grace_period"], found["max_t"]) == (5, 320)
+    found = settings(scheduler({"asha": {"time_attr": "epoch"}}), *lengths)
+    assert (found["grace_period"], found["max_t"]) == (5 / 320, 1)
+    assert settings(scheduler("hyperband"), *lengths)["max_t"] == 320
+    assert settings(scheduler("median"), *lengths)["grace_period"] == 5
+
+
+def test_halving_leaves_short_trials_no_more_steps_than_they_have():
+    """All of both to 5, a quarter to 20, 1/16 to 80, 1/64 to 320; the short one ends at 40."""
+    short = 5 + 15 / 4 + 20 / 16
+    long = 5 + 15 / 4 + 60 / 16 + 240 / 64
+    assert expected_steps(scheduler("asha"), [SHORT, LONG]) == pytest.approx(short + long)
 
 
 def test_the_length_of_a_run_follows_from_its_keys_and_rows():
