@@ -40,6 +40,8 @@ MAY_CHANGE = (
 )
 MAY_CHANGE_IN_TUNE = ("num_samples", "max_concurrent", "time_budget_s")
 
+OUT_OF_TIME = "time_budget_s"  # why trials ended whose sweep had no more time
+
 State = Literal["pending", "running", "paused", "done", "stopped", "failed"]
 OVER: tuple[State, ...] = ("done", "stopped", "failed")
 
@@ -136,6 +138,8 @@ def begin(run_dir: str, arguments: RunArguments) -> None:
 def resume(run_dir: str, arguments: RunArguments, metric: str) -> dict[str, Entry]:
     """The trials that an earlier driver left, by name; those that failed or ran are to go on.
 
+    So are those that the time budget ended, from their checkpoints.
+
     Raises:
         CheckpointError: the sweep that lies there is another one.
         StoreError: a file is damaged.
@@ -155,6 +159,8 @@ def resume(run_dir: str, arguments: RunArguments, metric: str) -> dict[str, Entr
     for entry in found.values():
         if entry.state == "failed":
             entry.state, entry.cause, entry.failures = "pending", None, 0
+        elif entry.cause == OUT_OF_TIME:
+            entry.state, entry.cause = "pending", None
         elif entry.state == "running":
             entry.state = "pending"
             entry.attempts = max(1, entry.attempts)

@@ -18,7 +18,7 @@ from llmray.arguments.tune import Sweep
 from llmray.errors import LlmrayError, TrainingError
 from llmray.orchestration import ledger
 from llmray.orchestration.board import Job, Message
-from llmray.orchestration.ledger import Entry
+from llmray.orchestration.ledger import OUT_OF_TIME, Entry
 from llmray.orchestration.plan import Placement
 from llmray.orchestration.searching import Searcher, Values
 from llmray.orchestration.slots import Slot
@@ -39,7 +39,7 @@ MANY_ALIKE = 3  # trials that fail for one reason before any succeeds: the rest 
 STOPPED, PAUSED = "stopped early", "paused"
 ENDS: dict[Verdict, str] = {"stop": STOPPED, "pause": PAUSED}
 # why a whole sweep ends, beside signals
-OUT_OF_TIME, ALIKE = "time_budget_s", "failures all alike"
+ALIKE = "failures all alike"  # or OUT_OF_TIME
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,7 @@ class Sweeping:
 
     def _close_entry(self, entry: Entry, state: Any, cause: str | None) -> None:
         entry.state, entry.cause, entry.is_left = state, cause, False
-        if self._verdicts is not None:
+        if self._verdicts is not None and cause != OUT_OF_TIME:  # others are compared with it yet
             self._verdicts.ended(entry.name, failed=state == "failed")
         self.searcher.tell(entry)
         entry.write()

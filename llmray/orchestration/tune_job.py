@@ -35,7 +35,7 @@ from llmray.errors import ClusterError
 from llmray.orchestration import actors, cluster, ledger, prepare_job, train_job
 from llmray.orchestration import board as boards
 from llmray.orchestration.board import Job, Message
-from llmray.orchestration.ledger import Entry
+from llmray.orchestration.ledger import OUT_OF_TIME, Entry
 from llmray.orchestration.plan import (
     Inventory,
     Placement,
@@ -49,7 +49,6 @@ from llmray.orchestration.searching import Asked, Listed, Searcher, Values
 from llmray.orchestration.slots import Slot
 from llmray.orchestration.sweeping import (
     ALIKE,
-    OUT_OF_TIME,
     Plan,
     Shape,
     Sweeping,

@@ -94,8 +94,9 @@ class Verdicts:
         if isinstance(self._scheduler, HyperBandScheduler):
             chosen = self._scheduler.choose_trial_to_run(self)
             return chosen.trial_id if chosen and chosen.trial_id in startable else None
-        waiting = (name for name in self._trials if name in startable)
-        return next(waiting, None)
+        waiting = [name for name in self._trials if name in startable]
+        # those that were put aside gave way to the others
+        return min(waiting, key=lambda n: self._trials[n].status == Trial.PAUSED, default=None)
 
     def started(self, name: str) -> None:
         """The trial runs, for the first time or again."""

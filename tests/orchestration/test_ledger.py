@@ -82,6 +82,17 @@ def test_going_on_keeps_what_is_over_and_tries_the_rest(tmp_path):
     assert found["trial_004"].attempts == 1, "so that a worker takes its checkpoint as its own"
 
 
+def test_what_had_no_more_time_goes_on_from_its_checkpoint(tmp_path):
+    ledger.begin(str(tmp_path), arguments({**SECTION, "time_budget_s": 5}))
+    entry(tmp_path, 1, "stopped", cause="asha: eval_loss 3 after step 2", step=2)
+    entry(tmp_path, 2, "stopped", cause="time_budget_s", step=4, attempts=1, is_left=True)
+    more = arguments({**SECTION, "time_budget_s": 50})
+    found = ledger.resume(str(tmp_path), more, "eval_loss")
+    assert [found[name].state for name in sorted(found)] == ["stopped", "pending"]
+    again = found["trial_002"]
+    assert (again.cause, again.attempts, again.step) == (None, 1, 4)
+
+
 def test_an_end_that_the_driver_did_not_live_to_see_counts(tmp_path):
     ledger.begin(str(tmp_path), arguments())
     made = entry(tmp_path, 1, "running", step=6, total_steps=8)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from sweeps import sweep as a_sweep
 
 from llmray import store
 from llmray.arguments.space import parse
@@ -355,6 +356,15 @@ def test_what_was_lost_on_its_way_is_judged_too(site):
     assert not [step for name, step in site.trained if name == "trial_003"]
 
 
+def test_median_puts_a_trial_aside_for_those_that_have_not_begun(site):
+    settings = {"grace_period": 1, "min_time_slice": 1, "hard_stop": False}
+    site.sweep(at_once=1, scheduler=Scheduler("median", settings))
+    given = [name for name, _ in site.given]
+    assert sorted(given[:4]) == sorted(site.entries), "each has its turn before one has a second"
+    assert len(given) > 4
+    assert site.states() == ["done"] * 4
+
+
 def test_lost_workers_cost_a_save_interval_and_no_trial(site):
     site.dies = {"trial_002": 5}
     site.sweep()
@@ -423,8 +433,36 @@ def test_signal_saves_and_leaves_the_rest(site):
 
 
 def test_time_budget_stops_what_runs(site):
-    assert site.sweep(time_budget_s=1e-9) == sweeping.OUT_OF_TIME
+    assert site.sweep(time_budget_s=1e-9) == ledger.OUT_OF_TIME
     assert set(site.states()) <= {"pending", "stopped"}
+
+
+@pytest.mark.parametrize(("kind", "at"), [("none", 13), ("hyperband", 10), ("hyperband", 30)])
+def test_more_time_lets_trials_go_on_from_where_they_were(tmp_path, monkeypatch, kind, at):
+    """An hour is over at some record: what ran is kept, and nothing of it is repeated."""
+    site, began = of_ten(tmp_path), sweeping.time.monotonic()
+    run, _ = a_sweep(output_dir=str(tmp_path / "out"))
+    ledger.begin(str(tmp_path), run)
+
+    def heard(entry, message):
+        if message.kind == "record" and len(site.trained) == at:
+            monkeypatch.setattr(sweeping.time, "monotonic", lambda: began + 3700)
+
+    scheduler = HYPERBAND if kind == "hyperband" else Scheduler("none", {})
+    said = site.sweep(scheduler=scheduler, time_budget_s=3600, heard=heard)
+    assert said == ledger.OUT_OF_TIME
+    cut = [name for name, e in site.entries.items() if e.cause == ledger.OUT_OF_TIME]
+    assert cut
+    site.entries |= ledger.resume(str(tmp_path), run, "eval_loss")
+    assert site.sweep(scheduler=scheduler, time_budget_s=3600) is None
+    assert set(site.states()) <= {"done", "stopped"}
+    for name in cut:
+        steps = [step for n, step in site.trained if n == name]
+        assert steps == list(range(1, max(steps) + 1))
+        assert site.entries[name].cause != ledger.OUT_OF_TIME
+    whole = of_ten(tmp_path / "whole")
+    whole.sweep(scheduler=scheduler)
+    assert site.states() == whole.states(), "the scheduler judged as if time had not been short"
 
 
 def test_finished_trials_are_not_run_again(site):
