@@ -25,6 +25,7 @@ from llmray.assembly import Core, Training
 from llmray.data import templates
 from llmray.data.conversation import Conversation, Message
 from llmray.data.tokenizer import renderer
+from llmray.model import rope
 from llmray.model.attention import causal_lm
 from llmray.rl import held_out, reward_files, rewards, settings
 from llmray.rl.experience import Collector
@@ -93,7 +94,9 @@ def prepare(training: Training, directory: Path) -> Reinforcement:
     if world.is_main:
         directory.mkdir(parents=True, exist_ok=True)
         show = RolloutLog(directory, arguments.rlhf.rollout_log_steps)
-    options = settings.ppo_options(arguments, checks_ratio=_is_repeatable(core))
+    options = settings.ppo_options(
+        arguments, checks_ratio=_is_repeatable(core), checks_sampling=_is_sampled_alike(core)
+    )
     lanes = options.per_device * options.accumulation * world.world_size
     step = PpoStep(
         engine=core.engine,
@@ -238,6 +241,13 @@ def _is_repeatable(core: Core) -> bool:
     attention: Any = getattr(causal_lm(model).config.get_text_config(), "attention_dropout", 0.0)
     is_whole = core.arguments.model.quantization_bit is None
     return core.engine.precision.name == "fp32" and is_whole and not has_dropout and not attention
+
+
+def _is_sampled_alike(core: Core) -> bool:
+    """Whether a cache gives what the whole text does: no TF32, positions that stay."""
+    is_whole = torch.get_float32_matmul_precision() == "highest"
+    config = causal_lm(core.engine.model.model).config
+    return _is_repeatable(core) and is_whole and not rope.follows_length(config)
 
 
 def _say_bias(arguments: RunArguments) -> None:

@@ -25,7 +25,14 @@ from llmray import local, reinforcement
 from llmray.arguments.loading import load
 from llmray.data.conversation import Conversation, Message
 from llmray.data.tokenizer import renderer
-from llmray.errors import ArgumentsError, DataError, LlmrayError, ModelError, RewardError
+from llmray.errors import (
+    ArgumentsError,
+    DataError,
+    LlmrayError,
+    ModelError,
+    RewardError,
+    TrainingError,
+)
 from llmray.model import fitting, memory, value_head
 from llmray.model.memory import Estimate
 from llmray.rl import reward_files
@@ -35,7 +42,7 @@ from llmray.rl.reward_model import ModelReward
 from llmray.rl.rewards import Elsewhere
 from llmray.rl.rollout import Texts
 from llmray.serve import reward_server
-from llmray.train import device_memory, feed
+from llmray.train import decoding, device_memory, feed
 from llmray.train.observers import read_log
 from llmray.train.score import Scorer
 
@@ -249,6 +256,21 @@ def test_a_reward_model_that_leaves_no_room_is_told_before_anything_is_loaded(
     keys = {"reward_model": str(reward_dir), "reward_model_type": "full", "max_steps": 1}
     with pytest.raises(ModelError, match=r"a worker needs about .* too few"):
         train(folder, tmp_path / "both", **keys, disable_gradient_checkpointing=False)
+
+
+def test_draws_are_compared_with_what_learning_reads(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 a difference ends the run, in bf16 it is a figure; at the run's temperature."""
+    keys = {"temperature": 0.8, "max_new_tokens": 12, "max_steps": 2, "save_strategy": "no"}
+    log = told(train(folder, tmp_path / "fp32", **keys))
+    assert all(0 < record["sampling_error"] < 2e-6 for record in log)
+    exact = decoding.logprobs_of
+    monkeypatch.setattr(decoding, "logprobs_of", lambda *args: exact(*args) - 0.2)
+    with pytest.raises(TrainingError, match=r"step 1 were drawn .* differ by 0\.2 nats"):
+        train(folder, tmp_path / "off", **keys)
+    log = told(train(folder, tmp_path / "bf16", **{**keys, "fp32": False, "bf16": True}))
+    assert log[0]["sampling_error"] == pytest.approx(0.2, abs=0.05)
 
 
 # ---- rewards ------------------------------------------------------------------------------------

@@ -91,6 +91,14 @@ def max_positions(config: Any) -> int | None:
     return int(own * max(factors, default=1.0))
 
 
+def follows_length(config: Any) -> bool:
+    """Whether positions change with the length of the text; a cache of keys keeps those before."""
+    text = config.get_text_config()
+    if not getattr(text, "rope_parameters", None):
+        return False
+    return any(p.get("rope_type") in ("dynamic", "longrope") for p in _stretchable(text))
+
+
 def write_record(config: Any, directory: Path) -> None:
     """Write the positions of `config` beside an adapter that needs them."""
     text = config.get_text_config()

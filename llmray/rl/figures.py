@@ -102,6 +102,19 @@ def described(judged: Judged) -> dict[str, float]:
     return shown | {"unscored": judged.num_responses - judged.num_scored}
 
 
+def sampling_error(found: Experience, world: World) -> float | None:
+    """How far log-probabilities at the draws are from those found later for the same tokens.
+
+    Returns: the mean absolute difference over the tokens of all ranks, nats; None where no draw's
+        is known. A collective call.
+    """
+    drawn_ST = found.rollout.drawn_ST
+    known_ST = ~drawn_ST.isnan()
+    errors = (drawn_ST - found.logprobs_ST)[known_ST].abs()
+    total, count = world.sum([float(errors.double().sum()), float(known_ST.sum())])
+    return total / count if count else None
+
+
 def of_parts(found: Experience, names: Sequence[str], world: World) -> dict[str, float]:
     """The mean score of each source, where there are several; a collective call."""
     if len(names) < 2:

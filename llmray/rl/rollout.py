@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,13 +47,14 @@ class Rollout:
     """S responses of this rank; those to one prompt follow one another.
 
     A response holds the token that ended it. Rectangles over T tokens of the longest response are
-    filled on the right.
+    filled on the right. `logprobs` are those of its tokens as they were drawn, see `Response`.
     """
 
     prompts: list[Prompt]  # S
     responses: list[list[int]]  # S, of token ids
     ended_S: Tensor  # bool: a stop token came before the budget was spent
     answers: list[Answer]  # S
+    logprobs: list[list[float] | None] = field(default_factory=list)  # S
 
     @property
     def lengths_S(self) -> Tensor:
@@ -66,6 +67,15 @@ class Rollout:
         lengths_S = self.lengths_S
         width = int(lengths_S.max()) if len(lengths_S) else 0
         return torch.arange(width) < lengths_S[:, None]
+
+    @property
+    def drawn_ST(self) -> Tensor:
+        """Log-probabilities of the tokens as they were drawn, NaN where that is not known."""
+        found_ST = torch.full(self.mask_ST.shape, torch.nan)
+        for row, said in enumerate(self.logprobs):
+            if said is not None:
+                found_ST[row, : len(said)] = torch.tensor(said)
+        return found_ST
 
     @property
     def num_tokens(self) -> int:
@@ -241,6 +251,7 @@ class Sampler:
             responses=[_tokens(response) for response, _ in ordered],
             ended_S=torch.tensor([r.stop_id is not None for r, _ in ordered], dtype=torch.bool),
             answers=[answer for _, answer in ordered],
+            logprobs=[response.logprobs for response, _ in ordered],
         )
 
     def _batches(self, asked: Sequence[Prompt]) -> list[list[int]]:

@@ -19,12 +19,15 @@ def kl_estimator(arguments: RunArguments) -> KlEstimator:
     return rlhf.ppo_kl_estimator or ("k3" if rlhf.advantage_estimator == "grpo" else "k1")
 
 
-def ppo_options(arguments: RunArguments, *, checks_ratio: bool) -> PpoOptions:
+def ppo_options(
+    arguments: RunArguments, *, checks_ratio: bool, checks_sampling: bool = False
+) -> PpoOptions:
     """How a step learns.
 
     Args:
         arguments: of the run.
         checks_ratio: in float32 without dropout; see `PpoOptions`.
+        checks_sampling: see `PpoOptions` too.
     """
     rlhf, training = arguments.rlhf, arguments.training
     return PpoOptions(
@@ -46,6 +49,7 @@ def ppo_options(arguments: RunArguments, *, checks_ratio: bool) -> PpoOptions:
         early_stop_kl=rlhf.ppo_early_stop_kl,
         seed=training.seed,
         checks_ratio=checks_ratio,
+        checks_sampling=checks_sampling,
     )
 
 

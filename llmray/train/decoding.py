@@ -40,6 +40,20 @@ class Draw(Protocol):
     def pad_id(self) -> int: ...  # noqa: D102
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """Responses to R prompts.
+
+    Attributes:
+        rows: R lists of tokens, each with the one that ends it where that came.
+        logprobs: of each of these, nats at the temperature, before `top_k` and `top_p`; None where
+            nothing is drawn or repetition is punished.
+    """
+
+    rows: list[list[int]]
+    logprobs: list[list[float]] | None
+
+
 def why_not_decoded(model: PreTrainedModel) -> str | None:
     """The reason why `decode` cannot run `model`, None where it can."""
     if getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder:
@@ -61,8 +75,8 @@ def decode(
     budgets: Sequence[int],
     draw: Draw,
     seeds: Sequence[int],
-) -> list[list[int]]:
-    """The tokens of a response to each prompt, with the one that ends it where that came.
+) -> Decoded:
+    """A response to each prompt.
 
     Args:
         model: in eval mode, under its own attention.
@@ -76,11 +90,15 @@ def decode(
     stops = torch.tensor(draw.stop_ids, device=model.device, dtype=torch.long)
     uniforms = _uniforms(budgets, seeds).to(model.device) if draw.draws else None
     tokens = torch.full((len(prompts), max(budgets)), draw.pad_id, device=model.device)
+    has_shares = draw.draws and draw.repetition_penalty == 1.0
+    logprobs = torch.zeros(tokens.shape, device=model.device) if has_shares else None
     goes_on = torch.ones(len(prompts), dtype=torch.bool, device=model.device)  # of rows still there
     for t in range(max(budgets)):
         logits = state.logits()
         chosen = choose(logits, draw, None if uniforms is None else uniforms[state.rows, t])
         tokens[state.rows, t] = torch.where(goes_on, chosen, tokens[state.rows, t])
+        if logprobs is not None:
+            logprobs[state.rows, t] = logprobs_of(chosen, logits, draw.temperature)
         goes_on = goes_on & ~torch.isin(chosen, stops) & (t + 1 < limits[state.rows])
         left = int(goes_on.sum())
         if not left:
@@ -89,7 +107,12 @@ def decode(
         if left <= KEPT_SHARE * len(goes_on):
             state.keep(goes_on.nonzero().squeeze(1))
             goes_on = goes_on[goes_on]
-    return [_cut(row[:n], draw.stop_ids) for row, n in zip(tokens.tolist(), budgets, strict=True)]
+    pairs = zip(tokens.tolist(), budgets, strict=True)
+    rows = [_cut(row[:n], draw.stop_ids) for row, n in pairs]
+    if logprobs is None:
+        return Decoded(rows, None)
+    told = zip(rows, logprobs.tolist(), strict=True)
+    return Decoded(rows, [said[: len(row)] for row, said in told])
 
 
 class _Roomy(DynamicLayer):
@@ -244,6 +267,12 @@ def choose(logits: Tensor, draw: Draw, uniform: Tensor | None) -> Tensor:
     last = (shares > 0).int().cumsum(1).argmax(1, keepdim=True)
     place = torch.minimum(place, last)
     return (place if order is None else order.gather(1, place)).squeeze(1)
+
+
+def logprobs_of(chosen: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """How likely tokens (R,) are by logits (R, V) at a temperature, (R,) nats."""
+    scaled = logits if temperature == 1 else logits / temperature
+    return scaled.gather(1, chosen[:, None]).squeeze(1) - scaled.logsumexp(1)
 
 
 def _uniforms(budgets: Sequence[int], seeds: Sequence[int]) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from llmray.data.tokenizer import is_one_token
 from llmray.model import rope
 from llmray.model.attention import causal_lm, native
 from llmray.model.quiet import quiet
-from llmray.train.decoding import decode, why_not_decoded
+from llmray.train.decoding import Decoded, decode, why_not_decoded
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -126,11 +126,14 @@ class Sampling:
 class Response:
     """The tokens of a response without the one that ended it, which is `stop_id`.
 
-    `stop_id` is None where the budget was spent first.
+    `stop_id` is None where the budget was spent first. `logprobs` are those of all these tokens as
+    they were drawn, nats at the temperature and before `top_k` and `top_p`; None where that is not
+    known: see `decoding.Decoded`.
     """
 
     ids: list[int]
     stop_id: int | None
+    logprobs: list[float] | None = field(default=None, compare=False)
 
 
 @torch.no_grad()
@@ -170,12 +173,14 @@ def generate(
         if is_plain and why_not_decoded(base) is None:
             drawn = torch.randint(2**62, (len(chosen),)).tolist() if own is None else own
             with _folded(base, max(limits)):
-                rows = decode(base, chosen, limits, sampling, drawn)
+                found = decode(base, chosen, limits, sampling, drawn)
         else:
             with _seeded(own, base.device):
                 rows = _by_transformers(base, chosen, sampling, max(limits), streamer)
-    for number, row in zip(answered, rows, strict=True):
-        responses[number] = ended(row[: budgets[number]], sampling.stop_ids)
+            found = Decoded([row[:n] for row, n in zip(rows, limits, strict=True)], None)
+    for place, (number, row) in enumerate(zip(answered, found.rows, strict=True)):
+        said = None if found.logprobs is None else found.logprobs[place]
+        responses[number] = replace(ended(row, sampling.stop_ids), logprobs=said)
     return responses
 
 

@@ -206,3 +206,17 @@ def test_lengths_of_sequences():
 def test_padded_rows_have_the_lengths_of_their_sequences():
     rows = make_rows()
     assert (rope._lengths(rows.padded.position_ids) >= 1).all()
+
+
+@pytest.mark.parametrize(
+    ("arch", "parameters", "expected"),
+    [
+        ("llama", {"rope_type": "dynamic", "factor": 2.0}, True),
+        ("llama", {"rope_type": "linear", "factor": 2.0}, False),
+        ("llama", {"rope_type": "default"}, False),
+        ("gpt2", None, False),
+    ],
+)
+def test_positions_that_change_with_the_length_are_known(arch, parameters, expected):
+    more = {} if parameters is None else {"rope_parameters": {**parameters, "rope_theta": 1e4}}
+    assert rope.follows_length(build_model(arch, **more).config) is expected

@@ -11,6 +11,7 @@ from toy_policy import SAMPLING, collector, policy, ppo, prompts, rewards, share
 from llmray.errors import RewardError, TrainingError
 from llmray.rl import held_out
 from llmray.rl.advantages import KlControl, RunningMoments
+from llmray.train.decoding import _State
 from llmray.train.generate import Sampling
 
 GRPO = {"advantage_estimator": "grpo", "kl_estimator": "k3", "num_samples": 4}
@@ -61,7 +62,7 @@ def test_what_is_logged(keys):
             "share_update",
         ),
         *("rollout_tokens_per_second", "update_tokens_per_second", "beta", "num_updates"),
-        *("policy_loss", "clip_fraction", "approx_kl", "ratio_error"),
+        *("policy_loss", "clip_fraction", "approx_kl", "ratio_error", "sampling_error"),
         *(("kl_loss",) if keys else ("value_loss", "value_clip_fraction", "explained_variance")),
     }
     assert set(told) == expected
@@ -88,7 +89,7 @@ def test_the_first_mini_batch_has_the_ratio_1(keys):
 
 
 def test_a_policy_that_reads_differently_from_the_one_that_sampled_is_an_error():
-    of = made({})
+    of = made({}, checks_sampling=False)
     asked = of.engine.logprobs
 
     def shifted(batch, *, entropy=False):
@@ -101,9 +102,61 @@ def test_a_policy_that_reads_differently_from_the_one_that_sampled_is_an_error()
         TrainingError, match=r"100\.00% of the tokens .* off 1 by more than 0\.0001"
     ):
         of(0)
-    tolerant = made({}, checks_ratio=False)
+    tolerant = made({}, checks_ratio=False, checks_sampling=False)
     tolerant.engine.logprobs = of.engine.logprobs
     tolerant(0)
+
+
+FILTERED = {**vars(SAMPLING), "top_p": 0.7, "top_k": 10, "temperature": 0.8}
+
+
+@pytest.mark.parametrize("keys", [vars(SAMPLING), FILTERED], ids=["whole", "filtered"])
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "mixtral", "qwen3"])
+def test_sampling_and_learning_read_the_text_alike(arch, keys):
+    """At the draws, with a cache and padding on the left, as for the whole text."""
+    long = Sampling(**{**keys, "max_new_tokens": 24})
+    engine = policy(values=False, arch=arch)
+    engine.model.form = engine.model.form.at(long.temperature)
+    [told] = run(ppo(engine, [rewards()], sampling=long, **GRPO), 1)
+    assert 0 < told["sampling_error"] < 2e-6
+
+
+@pytest.mark.parametrize("defect", ["positions", "mask", "cache"])
+def test_a_cache_that_reads_differently_is_an_error(defect, monkeypatch):
+    """Positions that stand still, a mask that forgets padding, rows with the keys of others."""
+    begin, add, keep = _State.start, _State.add, _State.keep
+
+    def start(*args):
+        state = begin(*args)
+        if defect == "mask":
+            state.mask = torch.ones_like(state.mask)
+        return state
+
+    def still(self, chosen):
+        add(self, chosen)
+        if defect == "positions":
+            self.positions = torch.zeros_like(self.positions)
+
+    def shuffled(self, index):
+        keep(self, index)
+        if defect == "cache":
+            self.cache.batch_select_indices(torch.arange(len(index)).roll(1))
+
+    monkeypatch.setattr(_State, "start", start)
+    monkeypatch.setattr(_State, "add", still)
+    monkeypatch.setattr(_State, "keep", shuffled)
+    with pytest.raises(TrainingError, match=r"step 1 were drawn .* 0\.0001 at most .*use_kv_cache"):
+        made({})(0)
+    [told] = run(made({}, checks_sampling=False), 1)
+    assert told["sampling_error"] > 1e-4
+    assert told["ratio_error"] < 1e-5
+
+
+@pytest.mark.parametrize("change", [{"repetition_penalty": 1.2}, {"num_beams": 2}])
+def test_draws_of_which_no_logprob_is_known_are_not_compared(change):
+    sampling = Sampling(**{**vars(SAMPLING), **change})
+    [told] = run(ppo(policy(), [rewards()], sampling=sampling), 1)
+    assert "sampling_error" not in told
 
 
 def test_updates_stop_when_the_policy_has_moved_far_enough():
@@ -114,7 +167,7 @@ def test_updates_stop_when_the_policy_has_moved_far_enough():
 
 
 def test_the_first_mini_batch_is_learned_from_though_dropout_moves_it_far():
-    of = made({}, epochs=2, early_stop_kl=1e-6, checks_ratio=False)
+    of = made({}, epochs=2, early_stop_kl=1e-6, checks_ratio=False, checks_sampling=False)
     exact = of.engine.logprobs
 
     def noisy(batch, *, entropy=False):

@@ -96,10 +96,30 @@ def test_seeds_leave_torchs_own_random_numbers_alone():
 
 def test_a_row_ends_with_its_own_budget():
     model = build_model(amplify=4.0)
-    found = decode(model, PROMPTS, [1, 4, 2, 3], GREEDY, [0] * 4)
+    found = decode(model, PROMPTS, [1, 4, 2, 3], GREEDY, [0] * 4).rows
     assert [len(ids) for ids in found] == [1, 4, 2, 3]
     whole = generate(model, PROMPTS, GREEDY)
     assert found == [r.ids[:n] for r, n in zip(whole, (1, 4, 2, 3), strict=True)]
+
+
+@pytest.mark.parametrize("fields", [{}, {"top_p": 1.0, "top_k": 0}, {"temperature": 0.6}])
+def test_the_logprobs_of_draws_are_the_models_before_filters(fields):
+    """Against one forward pass over the whole text, with the tokens that end responses."""
+    model = build_model(amplify=4.0)
+    draw = changed(DRAWN, max_new_tokens=30, stop_ids=tuple(range(3, 40)), **fields)
+    found = generate(model, PROMPTS, draw, seeds=[3, 4, 5, 6])
+    assert any(response.stop_id is not None for response in found)
+    for prompt, response in zip(PROMPTS, found, strict=True):
+        ids = response.ids + ([] if response.stop_id is None else [response.stop_id])
+        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / draw.temperature).log_softmax(1)[range(len(ids)), ids]
+        assert response.logprobs == pytest.approx(expected.tolist(), abs=2e-5)
+
+
+def test_what_is_not_drawn_from_the_models_shares_has_no_logprobs():
+    model = build_model()
+    for draw in (GREEDY, changed(DRAWN, repetition_penalty=1.1), changed(DRAWN, use_cache=False)):
+        assert generate(model, PROMPTS, draw)[0].logprobs is None
 
 
 def shares(logits, draw, count=4001):
