@@ -17,6 +17,8 @@ from llmray import store
 from llmray.arguments.tune import resolve
 from llmray.errors import CheckpointError, StoreError
 from llmray.orchestration.verdicts import Report
+from llmray.sweep.results import BEST, PICTURE, TABLE
+from llmray.sweep.trials import sweep_directory
 from llmray.train import checkpoint
 from llmray.train.observers import LOG_NAME, records_of
 
@@ -28,6 +30,7 @@ log = getLogger("llmray")
 NAME = "trial.json"
 SWEEP_NAME = "sweep.json"
 TRIAL = re.compile(r"trial_\d+")
+RESULTS = re.compile(rf"{TRIAL.pattern}|{'|'.join(map(re.escape, (TABLE, BEST, PICTURE)))}")
 VERSION = 1
 # what may be another when a sweep goes on
 MAY_CHANGE = (
@@ -70,6 +73,11 @@ class Entry:
     def is_over(self) -> bool:
         """Whether nothing more is to be done for it."""
         return self.state in OVER
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether workers ever had it."""
+        return self.state != "pending" or self.attempts > 0
 
     @property
     def is_at_end(self) -> bool:
@@ -129,6 +137,8 @@ def begin(run_dir: str, arguments: RunArguments) -> None:
             "resume=true behind the file to go on with it, overwrite_output_dir: true to begin "
             "anew, or another output_dir."
         )
+    if arguments.training.overwrite_output_dir:
+        _results_aside(sweep_directory(arguments))
     for entry in earlier:
         checkpoint.aside(entry.run_dir)
         store.remove_file(store.join(entry.run_dir, NAME))
@@ -168,6 +178,15 @@ def resume(run_dir: str, arguments: RunArguments, metric: str) -> dict[str, Entr
     over = sum(1 for entry in found.values() if entry.is_over)
     log.info("going on with the sweep in %s: %d trials are over", run_dir, over)
     return found
+
+
+def leave_out(entries: dict[str, Entry], num_trials: int) -> None:
+    """Drop the trials beyond so many that no worker ever had: fewer are asked for than before."""
+    names = [name for name, e in entries.items() if e.number > num_trials and not e.has_begun]
+    for name in names:
+        store.remove_file(store.join(entries.pop(name).run_dir, NAME))
+    if names:
+        log.info("%d trials that had not begun are left out: %s", len(names), ", ".join(names))
 
 
 def told(entries: Iterable[Entry]) -> list[tuple[Entry, Report]]:
@@ -222,6 +241,22 @@ def _adopt(entry: Entry, metric: str) -> None:
         entry.state, entry.metric = "done", results[metric]
         entry.step = entry.total_steps = records[-1]["total_steps"]
         entry.write()
+
+
+def _results_aside(output_dir: str) -> None:
+    """Move what an earlier sweep left to `.replaced`; an older `.replaced` is removed."""
+    names = [name for name in store.list_names(output_dir) if RESULTS.fullmatch(name)]
+    if not names:
+        return
+    replaced = store.join(output_dir, checkpoint.REPLACED)
+    store.remove(replaced)
+    for name in names:
+        store.move(store.join(output_dir, name), store.join(replaced, name))
+    log.warning(
+        "%s of an earlier sweep were moved to %s; the next such sweep removes them",
+        ", ".join(names) if len(names) < 5 else f"{len(names)} files and folders",
+        replaced,
+    )
 
 
 def _kept(run_dir: str) -> Iterator[Entry]:

@@ -240,7 +240,13 @@ class _Driver:
             self.entries |= ledger.resume(self.run_dir, self.arguments, self.sweep.metric)
         else:
             ledger.begin(self.run_dir, self.arguments)
-        listed = [] if self.sweep.searcher == "optuna" else trials_of(self.sweep)
+        asks = self.sweep.searcher == "optuna"
+        listed = [] if asks else trials_of(self.sweep)
+        # of optuna's each is told of all before it
+        begun = [entry.number for entry in self.entries.values() if asks and entry.has_begun]
+        ledger.leave_out(
+            self.entries, max([self.sweep.num_samples if asks else len(listed), *begun])
+        )
         for trial in listed:
             if trial.name not in self.entries:
                 self.entries[trial.name] = self._entry(trial)

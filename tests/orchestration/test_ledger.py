@@ -71,6 +71,31 @@ def test_overwriting_moves_the_earlier_one_aside(tmp_path):
     assert (tmp_path / "trial_001" / ".replaced" / "trainer_log.jsonl").is_file()
 
 
+@pytest.mark.parametrize("is_one_place", [True, False])
+def test_overwriting_leaves_no_result_of_the_earlier_one(tmp_path, is_one_place):
+    run_dir, out = tmp_path / "run", tmp_path / ("run" if is_one_place else "out")
+    made = entry(run_dir, 1, "done")
+    (out / "trial_007").mkdir(parents=True)
+    (out / "trial_007" / "model.safetensors").write_text("weights")
+    (out / "trial_001").mkdir(exist_ok=True)
+    for name in ("trial_001/trial.log", "results.csv", "best.yaml", "tune.png", "notes.txt"):
+        (out / name).write_text("old")
+    for _ in range(2):
+        ledger.begin(str(run_dir), arguments(overwrite_output_dir=True, output_dir=str(out)))
+        left = {path.name for path in out.iterdir()} - {"sweep.json"}
+        assert left == {".replaced", "notes.txt"}, "the user's own stays"
+        kept = {str(path.relative_to(out / ".replaced")) for path in out.glob(".replaced/**/*.*")}
+        assert kept >= {"results.csv", "trial_001/trial.log", "trial_007/model.safetensors"}
+        assert ledger.read(made.run_dir) is None
+
+
+def test_without_overwriting_results_stay(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.csv").write_text("mine")
+    ledger.begin(str(tmp_path / "run"), arguments(output_dir=str(tmp_path / "out")))
+    assert (tmp_path / "out" / "results.csv").read_text() == "mine"
+
+
 def test_going_on_keeps_what_is_over_and_tries_the_rest(tmp_path):
     ledger.begin(str(tmp_path), arguments())
     for number, state in enumerate(("done", "stopped", "failed", "running", "paused"), 1):

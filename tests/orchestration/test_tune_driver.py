@@ -118,6 +118,36 @@ def test_an_end_that_the_driver_did_not_live_to_see_leaves_its_files(tmp_path):
     assert (tmp_path / "out" / "trial_001" / "model.safetensors").read_text() == "weights"
 
 
+@pytest.mark.parametrize("searcher", ["random", "optuna"])
+def test_fewer_samples_leave_out_what_has_not_begun(tmp_path, searcher):
+    search = {"learning_rate": {"uniform": [1e-4, 1e-3]}}
+
+    def opened(number, resumes):
+        tune = {"search": search, "searcher": searcher, "num_samples": number}
+        found = driver(tmp_path, tune=tune)
+        found._open_ledger(resumes=resumes)
+        return found
+
+    first = opened(6, False)
+    while len(first.entries) < 6:
+        entry = first._new_entry({"learning_rate": 2e-4 + 1e-4 * len(first.entries)})
+        first.entries[entry.name] = entry
+    for name, state in (("trial_001", "done"), ("trial_004", "paused")):
+        first.entries[name].state = state
+        first.entries[name].attempts = 1
+    for entry in first.entries.values():
+        entry.write()
+    again = opened(2, True).entries
+    assert [e.name for e in again.values() if e.has_begun] == ["trial_001", "trial_004"]
+    waiting = [e.name for e in again.values() if not e.has_begun]
+    assert waiting == (["trial_002"] if searcher == "random" else ["trial_002", "trial_003"])
+    if searcher == "random":
+        more = opened(6, True).entries
+        assert {n: e.values for n, e in more.items()} == {
+            n: e.values for n, e in first.entries.items()
+        }
+
+
 @pytest.mark.parametrize(
     ("searcher", "search", "keys", "end", "first"),
     [
