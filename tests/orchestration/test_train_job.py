@@ -85,6 +85,7 @@ def test_error_of_the_user_in_a_worker_is_one_message_and_no_retry(
 def test_a_signal_while_workers_start_ends_the_run_at_once(
     launch, ray_address, ray_cluster, nothing_runs
 ):
+    nothing_runs()  # of the test before, whose controller would be taken for this run's
     run = launch("stopped-early", address=ray_address)
     run.until(lambda: any("TrainController" in title for title in actors(ray_cluster[1])))
     os.killpg(run.process.pid, signal.SIGTERM)
