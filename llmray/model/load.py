@@ -84,15 +84,8 @@ def load_model(
     is_stretched = rope.configure(config, model_args.rope_scaling, cutoff_len, adapters)
     if model_args.trust_remote_code:
         log.warning("trust_remote_code: Python code in %s may run", directory)
-
-    def read(folder: Path) -> PreTrainedModel:
-        settings = deepcopy(config)  # which reading may change
-        return _read(folder, settings, model_args, choice.kernel.own, dtype=dtype, device=device)
-
-    if is_shared and device.type == "cpu" and _is_plain(config, model_args):
-        model = read(converted.folder(directory, dtype, read))
-    else:
-        model = read(directory)
+    how = (model_args, choice.kernel.own)
+    model = _weights(directory, config, *how, dtype=dtype, device=device, is_shared=is_shared)
     if quantize.is_low_bit(model):  # lies where it was quantised
         quantize.settle(model, dtype)
         model = model.eval()
@@ -137,6 +130,27 @@ def load_ordinary(directory: Path | str, model_args: ModelArguments) -> PreTrain
             return _from_files(folder, config, torch.device("cpu"), settings)
     except (OSError, ValueError, RuntimeError, ImportError, *DAMAGED) as error:
         raise _unreadable(folder, error) from error
+
+
+def _weights(
+    directory: Path,
+    config: PretrainedConfig,
+    model_args: ModelArguments,
+    attention: str | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    is_shared: bool,
+) -> PreTrainedModel:
+    """The model with its weights: from a node's converted copy where that is shared."""
+
+    def read(folder: Path) -> PreTrainedModel:
+        settings = deepcopy(config)  # which reading may change
+        return _read(folder, settings, model_args, attention, dtype=dtype, device=device)
+
+    if is_shared and device.type == "cpu" and _is_plain(config, model_args):
+        return read(converted.folder(directory, dtype, read))
+    return read(directory)
 
 
 def _read(
