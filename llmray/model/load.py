@@ -6,6 +6,7 @@ Where the folder comes from is `hub`'s business; which parameters train is `tuni
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 from logging import getLogger
 from pathlib import Path
 from pickle import UnpicklingError
@@ -77,20 +78,15 @@ def load_model(
     derived.check_device(model_args.device_map, str(device))
     choice = kernels.prepare(model_args.flash_attn, device, dtype)
     config = load_config(directory, model_args)
-    adapters = [
-        Path(hub.resolve(name, model_args, kind="adapter"))
-        for name in model_args.adapter_name_or_path
-    ]
+    adapters = _adapters(model_args)
     is_stretched = rope.configure(config, model_args.rope_scaling, cutoff_len, adapters)
     if model_args.trust_remote_code:
         log.warning("trust_remote_code: Python code in %s may run", directory)
-    how = (model_args, choice.kernel.own)
-    model = _weights(directory, config, *how, dtype=dtype, device=device, is_shared=is_shared)
-    if quantize.is_low_bit(model):  # lies where it was quantised
-        quantize.settle(model, dtype)
-        model = model.eval()
-    else:
-        model = model.to(device).eval()
+    own = choice.kernel.own
+    read = partial(_read, config=config, args=model_args, attention=own, dtype=dtype, device=device)
+    shares = is_shared and device.type == "cpu" and _is_plain(config, model_args)
+    source = converted.folder(directory, dtype, read) if shares else directory
+    model = _placed(read(source), dtype, device)
     mapped.note(model, directory)
     model.llmray_directory = directory
     # what adapters and model cards name as their base: not the place of a cache
@@ -132,33 +128,26 @@ def load_ordinary(directory: Path | str, model_args: ModelArguments) -> PreTrain
         raise _unreadable(folder, error) from error
 
 
-def _weights(
-    directory: Path,
-    config: PretrainedConfig,
-    model_args: ModelArguments,
-    attention: str | None,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    is_shared: bool,
-) -> PreTrainedModel:
-    """The model with its weights: from a node's converted copy where that is shared."""
+def _adapters(model_args: ModelArguments) -> list[Path]:
+    """The folders of the adapters that lie on the model."""
+    names = model_args.adapter_name_or_path
+    return [Path(hub.resolve(name, model_args, kind="adapter")) for name in names]
 
-    def read(folder: Path) -> PreTrainedModel:
-        settings = deepcopy(config)  # which reading may change
-        return _read(folder, settings, model_args, attention, dtype=dtype, device=device)
 
-    if is_shared and device.type == "cpu" and _is_plain(config, model_args):
-        return read(converted.folder(directory, dtype, read))
-    return read(directory)
+def _placed(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model on its device, in eval mode."""
+    if quantize.is_low_bit(model):  # lies where it was quantised
+        quantize.settle(model, dtype)
+        return model.eval()
+    return model.to(device).eval()
 
 
 def _read(
     directory: Path,
-    config: PretrainedConfig,
-    model_args: ModelArguments,
-    attention: str | None,
     *,
+    config: PretrainedConfig,
+    args: ModelArguments,
+    attention: str | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> PreTrainedModel:
@@ -166,18 +155,19 @@ def _read(
 
     `attention` is transformers' name of what computes it, None for the model's own choice.
     """
+    config = deepcopy(config)  # which reading may change
     settings: dict[str, Any] = {
         "dtype": dtype,
         "attn_implementation": attention,
-        "trust_remote_code": model_args.trust_remote_code,
+        "trust_remote_code": args.trust_remote_code,
     }
     try:
         with quiet(), optional_imports():
-            if model_args.train_from_scratch:
+            if args.train_from_scratch:
                 config.__dict__.pop("quantization_config", None)  # of weights that are not read
                 return AutoModelForCausalLM.from_config(config, **settings)
-            pickled.require_safe(directory, model_args)
-            low_bit = quantize.settings(config, model_args, dtype=dtype, device=device)
+            pickled.require_safe(directory, args)
+            low_bit = quantize.settings(config, args, dtype=dtype, device=device)
             return _from_files(directory, config, device, settings | low_bit)
     except (OSError, ValueError, RuntimeError, ImportError, *DAMAGED) as error:
         raise _unreadable(directory, error) from error
